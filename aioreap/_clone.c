@@ -1,0 +1,345 @@
+/* The binding of _spawn.c: Python objects are turned into plain memory before
+ * the clone, and nothing of Python is touched by the child. */
+#define _GNU_SOURCE
+#include <pyconfig.h>
+#ifndef Py_GIL_DISABLED
+#define Py_LIMITED_API 0x030B0000
+#endif
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "_spawn.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/prctl.h>
+
+/* Module slots by their numbers: the headers of the limited API of 3.11 do not
+ * name them, and an interpreter refuses a slot that it does not know. */
+#define SLOT_MULTIPLE_INTERPRETERS 3 /* Py_mod_multiple_interpreters, 3.12 */
+#define PER_INTERPRETER_GIL_SUPPORTED ((void *)2)
+#define SLOT_GIL 4 /* Py_mod_gil, 3.13 */
+#define GIL_NOT_USED ((void *)1)
+
+static const char BLOCK_NAME[] = "aioreap._clone.block";
+
+extern char **environ;
+
+/* --- from Python objects to the block ------------------------------------------ */
+
+/* The bytes that `tuple` of bytes needs as a NULL-terminated array of strings, or -1. */
+static Py_ssize_t
+strings_size(PyObject *tuple)
+{
+    Py_ssize_t count = PyTuple_Size(tuple);
+    if (count < 0)
+        return -1;
+    Py_ssize_t size = (count + 1) * (Py_ssize_t)sizeof(char *);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        char *string;
+        Py_ssize_t length;
+        if (PyBytes_AsStringAndSize(PyTuple_GetItem(tuple, i), &string, &length) < 0)
+            return -1;
+        if (memchr(string, '\0', (size_t)length) != NULL) {
+            PyErr_SetString(PyExc_ValueError, "embedded null byte");
+            return -1;
+        }
+        size += length + (Py_ssize_t)sizeof(char *);
+    }
+    return size;
+}
+
+static char *
+copy_string(struct spawn *s, const char *string, size_t length)
+{
+    char *copy = spawn_allocate(s, length + 1);
+    memcpy(copy, string, length);
+    copy[length] = '\0';
+    return copy;
+}
+
+static char **
+copy_strings(struct spawn *s, PyObject *tuple)
+{
+    Py_ssize_t count = PyTuple_Size(tuple);
+    char **array = spawn_allocate(s, (size_t)(count + 1) * sizeof(char *));
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *item = PyTuple_GetItem(tuple, i);
+        array[i] = copy_string(s, PyBytes_AsString(item), (size_t)PyBytes_Size(item));
+    }
+    array[count] = NULL;
+    return array;
+}
+
+static Py_ssize_t
+environ_size(void)
+{
+    size_t size = sizeof(char *);
+    for (char **variable = environ; variable != NULL && *variable != NULL; variable++)
+        size += strlen(*variable) + 2 * sizeof(char *);
+    return (Py_ssize_t)size;
+}
+
+/* Copies what fits into the `room` that environ_size() found to be needed: a
+ * thread outside the interpreter may call setenv() between the two. */
+static char **
+copy_environ(struct spawn *s, size_t room)
+{
+    size_t count = 0, copied = 0;
+    while (environ != NULL && environ[count] != NULL && (count + 2) * sizeof(char *) <= room)
+        count++;
+    char **array = spawn_allocate(s, (count + 1) * sizeof(char *));
+    room -= (count + 1) * sizeof(char *);
+    for (size_t i = 0; i < count; i++) {
+        size_t length = strlen(environ[i]);
+        if (length + sizeof(char *) > room)
+            break;
+        room -= length + sizeof(char *);
+        array[copied++] = copy_string(s, environ[i], length);
+    }
+    array[copied] = NULL;
+    return array;
+}
+
+static int
+copy_descriptors(struct spawn *s, PyObject *tuple)
+{
+    Py_ssize_t count = PyTuple_Size(tuple);
+    s->descriptors = spawn_allocate(s, (size_t)count * sizeof *s->descriptors);
+    s->descriptor_count = (size_t)count;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *pair = PyTuple_GetItem(tuple, i);
+        if (!PyArg_ParseTuple(pair, "ii", &s->descriptors[i].source, &s->descriptors[i].target))
+            return -1;
+    }
+    return 0;
+}
+
+static int
+copy_groups(struct spawn *s, PyObject *groups)
+{
+    if (groups == Py_None) {
+        s->group_count = -1;
+        return 0;
+    }
+    s->group_count = PyTuple_Size(groups);
+    s->groups = spawn_allocate(s, (size_t)s->group_count * sizeof *s->groups);
+    for (Py_ssize_t i = 0; i < s->group_count; i++) {
+        unsigned long group = PyLong_AsUnsignedLong(PyTuple_GetItem(groups, i));
+        if (PyErr_Occurred())
+            return -1;
+        s->groups[i] = (uint32_t)group;
+    }
+    return 0;
+}
+
+/* --- the functions ------------------------------------------------------------- */
+
+static void
+release_block(PyObject *capsule)
+{
+    spawn_release(PyCapsule_GetPointer(capsule, BLOCK_NAME));
+}
+
+static PyObject *
+raise_errno(int error)
+{
+    errno = error;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+static PyObject *
+clone_spawn(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+    PyObject *paths, *argv, *envp, *cwd, *descriptors, *groups;
+    int cwd_descriptor, close_fds, restore_signals, new_session, no_new_privs, umask;
+    int process_group, exit_signal, legacy_clone, cgroup, cgroup_procs;
+    long long uid, gid;
+    unsigned long long clone_flags;
+    if (!PyArg_ParseTuple(arguments, "O!O!OOiO!pppipiLLOKipii:spawn", &PyTuple_Type, &paths,
+                          &PyTuple_Type, &argv, &envp, &cwd, &cwd_descriptor, &PyTuple_Type,
+                          &descriptors, &close_fds, &restore_signals, &new_session,
+                          &process_group, &no_new_privs, &umask, &uid, &gid, &groups,
+                          &clone_flags, &exit_signal, &legacy_clone, &cgroup, &cgroup_procs))
+        return NULL;
+
+    Py_ssize_t size = 0, part;
+    char *cwd_string = NULL;
+    Py_ssize_t cwd_length = 0;
+    if ((part = strings_size(paths)) < 0)
+        return NULL;
+    size += part;
+    if ((part = strings_size(argv)) < 0)
+        return NULL;
+    size += part;
+    Py_ssize_t environment_size = envp == Py_None ? environ_size() : strings_size(envp);
+    if (environment_size < 0)
+        return NULL;
+    size += environment_size;
+    if (cwd != Py_None) {
+        if (PyBytes_AsStringAndSize(cwd, &cwd_string, &cwd_length) < 0)
+            return NULL;
+        if (memchr(cwd_string, '\0', (size_t)cwd_length) != NULL) {
+            PyErr_SetString(PyExc_ValueError, "embedded null byte");
+            return NULL;
+        }
+    }
+    size += cwd_length + 2 * (Py_ssize_t)sizeof(char *);
+    size += (PyTuple_Size(descriptors) + 1) * (Py_ssize_t)sizeof(struct spawn_descriptor);
+    if (groups != Py_None) {
+        if ((part = PyTuple_Size(groups)) < 0)
+            return NULL;
+        size += (part + 2) * (Py_ssize_t)sizeof(uint32_t);
+    }
+
+    struct spawn *s = spawn_new((size_t)size);
+    if (s == NULL)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    PyObject *block = PyCapsule_New(s, BLOCK_NAME, release_block);
+    if (block == NULL) {
+        spawn_release(s);
+        return NULL;
+    }
+    s->paths = (const char **)copy_strings(s, paths);
+    s->argv = copy_strings(s, argv);
+    s->envp = envp == Py_None ? copy_environ(s, (size_t)environment_size)
+                               : copy_strings(s, envp);
+    s->cwd = cwd_string == NULL ? NULL : copy_string(s, cwd_string, (size_t)cwd_length);
+    s->cwd_descriptor = cwd_descriptor;
+    s->cgroup_procs = cgroup_procs;
+    s->close_fds = close_fds;
+    s->restore_signals = restore_signals;
+    s->new_session = new_session;
+    s->process_group = process_group;
+    s->no_new_privs = no_new_privs;
+    s->umask = umask;
+    s->uid = uid;
+    s->gid = gid;
+    s->clone_flags = clone_flags;
+    s->exit_signal = exit_signal;
+    s->legacy_clone = legacy_clone;
+    s->cgroup = cgroup;
+    if (copy_descriptors(s, descriptors) < 0 || copy_groups(s, groups) < 0) {
+        Py_DECREF(block);
+        return NULL;
+    }
+
+    int error;
+    Py_BEGIN_ALLOW_THREADS
+    error = spawn_start(s);
+    Py_END_ALLOW_THREADS
+    if (error != 0) {
+        Py_DECREF(block);
+        return raise_errno(error);
+    }
+    return Py_BuildValue("iiiN", (int)s->pid, s->pidfd, s->pipe, block);
+}
+
+static PyObject *
+clone_outcome(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+    PyObject *block;
+    int exited;
+    if (!PyArg_ParseTuple(arguments, "Op:outcome", &block, &exited))
+        return NULL;
+    struct spawn *s = PyCapsule_GetPointer(block, BLOCK_NAME);
+    if (s == NULL)
+        return NULL;
+    if (!spawn_has_left(s, exited))
+        Py_RETURN_NONE;
+    return Py_BuildValue("ii", (int)s->step, (int)s->error);
+}
+
+static PyObject *
+clone_step(PyObject *Py_UNUSED(module), PyObject *block)
+{
+    struct spawn *s = PyCapsule_GetPointer(block, BLOCK_NAME);
+    if (s == NULL)
+        return NULL;
+    return PyLong_FromLong((long)__atomic_load_n(&s->step, __ATOMIC_ACQUIRE));
+}
+
+static PyObject *
+clone_probe(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+    unsigned long long flags;
+    int legacy_clone;
+    if (!PyArg_ParseTuple(arguments, "Kp:probe", &flags, &legacy_clone))
+        return NULL;
+    return PyLong_FromLong(spawn_probe(flags, legacy_clone));
+}
+
+static PyObject *
+clone_set_no_new_privs(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_NONE;
+}
+
+/* --- the module ---------------------------------------------------------------- */
+
+static PyMethodDef methods[] = {
+    {"spawn", clone_spawn, METH_VARARGS, NULL},
+    {"outcome", clone_outcome, METH_VARARGS, NULL},
+    {"step", clone_step, METH_O, NULL},
+    {"probe", clone_probe, METH_VARARGS, NULL},
+    {"set_no_new_privs", clone_set_no_new_privs, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static int
+add_constants(PyObject *module)
+{
+#define ADD(name)                                                          \
+    if (PyModule_AddIntConstant(module, #name, (long)SPAWN_##name) < 0) \
+        return -1
+    ADD(STEP_START);
+    ADD(STEP_CGROUP);
+    ADD(STEP_DESCRIPTORS);
+    ADD(STEP_CHDIR);
+    ADD(STEP_SESSION);
+    ADD(STEP_PROCESS_GROUP);
+    ADD(STEP_GROUPS);
+    ADD(STEP_GID);
+    ADD(STEP_UID);
+    ADD(STEP_NO_NEW_PRIVS);
+    ADD(STEP_EXEC);
+    ADD(CAN_SHARE_MEMORY);
+#undef ADD
+    return 0;
+}
+
+#define EXEC_SLOT {Py_mod_exec, (void *)add_constants}
+
+static PyModuleDef_Slot slots_of_311[] = {EXEC_SLOT, {0, NULL}};
+static PyModuleDef_Slot slots_of_312[] = {
+    EXEC_SLOT,
+    {SLOT_MULTIPLE_INTERPRETERS, PER_INTERPRETER_GIL_SUPPORTED},
+    {0, NULL},
+};
+static PyModuleDef_Slot slots_since_313[] = {
+    EXEC_SLOT,
+    {SLOT_MULTIPLE_INTERPRETERS, PER_INTERPRETER_GIL_SUPPORTED},
+    {SLOT_GIL, GIL_NOT_USED},
+    {0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "aioreap._clone",
+    .m_size = 0,
+    .m_methods = methods,
+};
+
+PyMODINIT_FUNC
+PyInit__clone(void)
+{
+    if (Py_Version >= 0x030D0000)
+        definition.m_slots = slots_since_313;
+    else if (Py_Version >= 0x030C0000)
+        definition.m_slots = slots_of_312;
+    else
+        definition.m_slots = slots_of_311;
+    return PyModuleDef_Init(&definition);
+}

@@ -1,0 +1,63 @@
+"""What Python cannot do: run code between clone and exec. See _clone.c and _spawn.c."""
+
+class Block:
+    """The memory that a child uses until its exec; opaque, freed with its last reference."""
+
+CAN_SHARE_MEMORY: int
+
+STEP_START: int
+STEP_CGROUP: int
+STEP_DESCRIPTORS: int
+STEP_CHDIR: int
+STEP_SESSION: int
+STEP_PROCESS_GROUP: int
+STEP_GROUPS: int
+STEP_GID: int
+STEP_UID: int
+STEP_NO_NEW_PRIVS: int
+STEP_EXEC: int
+
+def spawn(
+    paths: tuple[bytes, ...],
+    argv: tuple[bytes, ...],
+    envp: tuple[bytes, ...] | None,
+    cwd: bytes | None,
+    cwd_descriptor: int,
+    descriptors: tuple[tuple[int, int], ...],
+    close_fds: bool,
+    restore_signals: bool,
+    new_session: bool,
+    process_group: int,
+    no_new_privs: bool,
+    umask: int,
+    uid: int,
+    gid: int,
+    groups: tuple[int, ...] | None,
+    clone_flags: int,
+    exit_signal: int,
+    legacy_clone: bool,
+    cgroup: int,
+    cgroup_procs: int,
+    /,
+) -> tuple[int, int, int, Block]:
+    """Clone a child that execs the first of `paths` that can be: pid, pidfd, pipe, block.
+
+    The pipe becomes readable about when the child has exec'ed or died; outcome()
+    then tells which. -1 stands for a number that is not set. OSError: there is no child.
+    """
+
+def outcome(block: Block, exited: bool, /) -> tuple[int, int] | None:
+    """The child's last step and errno, or None while it still uses the block.
+
+    `exited` says that its pidfd has become readable. An errno of 0 at a step
+    before STEP_EXEC means that it was killed there.
+    """
+
+def step(block: Block, /) -> int:
+    """The step that a child with shared memory is at now."""
+
+def probe(clone_flags: int, legacy_clone: bool, /) -> int:
+    """The errno of a clone that cannot succeed: EFAULT if the kernel knows the flags."""
+
+def set_no_new_privs() -> None:
+    """Set no_new_privs for the calling thread, for good."""

@@ -1,0 +1,749 @@
+#define _GNU_SOURCE
+#include "_spawn.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+/* Numbers that the headers of older systems lack; the same on every architecture. */
+#ifndef SYS_clone3
+#define SYS_clone3 435
+#endif
+#ifndef SYS_close_range
+#define SYS_close_range 436
+#endif
+#ifndef CLONE_PIDFD
+#define CLONE_PIDFD 0x00001000
+#endif
+#define CLEAR_SIGHAND (UINT64_C(1) << 32) /* CLONE_CLEAR_SIGHAND, Linux 5.5 */
+#define INTO_CGROUP (UINT64_C(1) << 33)   /* CLONE_INTO_CGROUP, Linux 5.7 */
+
+#define STACK_SIZE (32 * 1024)
+#define SIGNAL_COUNT 64
+#define SIGNAL_SET_SIZE (SIGNAL_COUNT / 8)
+#define SIGNAL_BIT(number) (UINT64_C(1) << ((number) - 1))
+
+static const uint64_t CORE_DUMPING_SIGNALS =
+    SIGNAL_BIT(SIGQUIT) | SIGNAL_BIT(SIGILL) | SIGNAL_BIT(SIGTRAP) | SIGNAL_BIT(SIGABRT) |
+    SIGNAL_BIT(SIGBUS) | SIGNAL_BIT(SIGFPE) | SIGNAL_BIT(SIGSEGV) | SIGNAL_BIT(SIGXCPU) |
+    SIGNAL_BIT(SIGXFSZ) | SIGNAL_BIT(SIGSYS);
+
+/* struct clone_args up to CLONE_ARGS_SIZE_VER2. */
+struct clone3_arguments {
+    uint64_t flags, pidfd, child_tid, parent_tid, exit_signal;
+    uint64_t stack; /* the lowest address */
+    uint64_t stack_size, tls, set_tid, set_tid_size, cgroup;
+};
+
+/* What marks a function that runs in the child. It shares the parent's thread
+ * control block: a libc call that fails would write the parent's errno, a stack
+ * protector or a sanitizer would read and write state that is the parent's. */
+#if defined(__has_attribute)
+#if __has_attribute(no_stack_protector)
+#define NO_STACK_PROTECTOR __attribute__((no_stack_protector))
+#endif
+#endif
+#ifndef NO_STACK_PROTECTOR
+#define NO_STACK_PROTECTOR
+#endif
+#if defined(__clang__)
+#define NO_SANITIZER __attribute__((no_sanitize("address", "thread", "memory", "undefined")))
+#else
+#define NO_SANITIZER __attribute__((no_sanitize("address", "thread", "undefined")))
+#endif
+#define IN_CHILD NO_STACK_PROTECTOR NO_SANITIZER
+
+/* --- system calls that touch no errno: the result, or -errno ------------------- */
+
+#if defined(__x86_64__)
+
+IN_CHILD static inline long
+system_call(long number, long a, long b, long c, long d, long e)
+{
+    long result;
+    register long r10 __asm__("r10") = d;
+    register long r8 __asm__("r8") = e;
+    __asm__ volatile("syscall"
+                     : "=a"(result)
+                     : "0"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8)
+                     : "rcx", "r11", "memory");
+    return result;
+}
+
+/* Makes a system call that may return twice: in the child, on a stack of its
+ * own, it calls child(argument), which never returns. */
+static inline long
+system_call_on_new_stack(long number, long a, long b, long c, long d, long e,
+                         void (*child)(void *), void *argument)
+{
+    long result;
+    register long r10 __asm__("r10") = d;
+    register long r8 __asm__("r8") = e;
+    register void (*r9)(void *) __asm__("r9") = child;
+    register void *r12 __asm__("r12") = argument;
+    __asm__ volatile("syscall\n\t"
+                     "testq %%rax, %%rax\n\t"
+                     "jnz 1f\n\t"
+                     "xorl %%ebp, %%ebp\n\t"
+                     "movq %%r12, %%rdi\n\t"
+                     "callq *%%r9\n\t"
+                     "hlt\n"
+                     "1:"
+                     : "=a"(result)
+                     : "0"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9), "r"(r12)
+                     : "rcx", "r11", "cc", "memory");
+    return result;
+}
+
+#elif defined(__aarch64__)
+
+IN_CHILD static inline long
+system_call(long number, long a, long b, long c, long d, long e)
+{
+    register long x8 __asm__("x8") = number;
+    register long x0 __asm__("x0") = a;
+    register long x1 __asm__("x1") = b;
+    register long x2 __asm__("x2") = c;
+    register long x3 __asm__("x3") = d;
+    register long x4 __asm__("x4") = e;
+    __asm__ volatile("svc #0"
+                     : "+r"(x0)
+                     : "r"(x8), "r"(x1), "r"(x2), "r"(x3), "r"(x4)
+                     : "cc", "memory");
+    return x0;
+}
+
+static inline long
+system_call_on_new_stack(long number, long a, long b, long c, long d, long e,
+                         void (*child)(void *), void *argument)
+{
+    register long x8 __asm__("x8") = number;
+    register long x0 __asm__("x0") = a;
+    register long x1 __asm__("x1") = b;
+    register long x2 __asm__("x2") = c;
+    register long x3 __asm__("x3") = d;
+    register long x4 __asm__("x4") = e;
+    register void (*x10)(void *) __asm__("x10") = child;
+    register void *x11 __asm__("x11") = argument;
+    __asm__ volatile("svc #0\n\t"
+                     "cbnz x0, 1f\n\t"
+                     "mov x29, xzr\n\t"
+                     "mov x30, xzr\n\t"
+                     "mov x0, x11\n\t"
+                     "blr x10\n\t"
+                     "brk #1\n"
+                     "1:"
+                     : "+r"(x0)
+                     : "r"(x8), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(x10), "r"(x11)
+                     : "cc", "memory");
+    return x0;
+}
+
+#elif defined(__riscv) && __riscv_xlen == 64
+
+IN_CHILD static inline long
+system_call(long number, long a, long b, long c, long d, long e)
+{
+    register long a7 __asm__("a7") = number;
+    register long a0 __asm__("a0") = a;
+    register long a1 __asm__("a1") = b;
+    register long a2 __asm__("a2") = c;
+    register long a3 __asm__("a3") = d;
+    register long a4 __asm__("a4") = e;
+    __asm__ volatile("ecall"
+                     : "+r"(a0)
+                     : "r"(a7), "r"(a1), "r"(a2), "r"(a3), "r"(a4)
+                     : "memory");
+    return a0;
+}
+
+static inline long
+system_call_on_new_stack(long number, long a, long b, long c, long d, long e,
+                         void (*child)(void *), void *argument)
+{
+    register long a7 __asm__("a7") = number;
+    register long a0 __asm__("a0") = a;
+    register long a1 __asm__("a1") = b;
+    register long a2 __asm__("a2") = c;
+    register long a3 __asm__("a3") = d;
+    register long a4 __asm__("a4") = e;
+    register void (*t3)(void *) __asm__("t3") = child;
+    register void *t4 __asm__("t4") = argument;
+    __asm__ volatile("ecall\n\t"
+                     "bnez a0, 1f\n\t"
+                     "mv fp, zero\n\t"
+                     "mv ra, zero\n\t"
+                     "mv a0, t4\n\t"
+                     "jalr t3\n\t"
+                     "ebreak\n"
+                     "1:"
+                     : "+r"(a0)
+                     : "r"(a7), "r"(a1), "r"(a2), "r"(a3), "r"(a4), "r"(t3), "r"(t4)
+                     : "memory");
+    return a0;
+}
+
+#else
+
+/* Elsewhere the child never shares memory, so its errno is its own. */
+static long
+system_call(long number, long a, long b, long c, long d, long e)
+{
+    long result = syscall(number, a, b, c, d, e);
+    return result < 0 ? -errno : result;
+}
+
+#endif
+
+#define CALL0(number) system_call(number, 0, 0, 0, 0, 0)
+#define CALL1(number, a) system_call(number, (long)(a), 0, 0, 0, 0)
+#define CALL2(number, a, b) system_call(number, (long)(a), (long)(b), 0, 0, 0)
+#define CALL3(number, a, b, c) system_call(number, (long)(a), (long)(b), (long)(c), 0, 0)
+#define CALL4(number, a, b, c, d) \
+    system_call(number, (long)(a), (long)(b), (long)(c), (long)(d), 0)
+
+/* i386, arm and others kept 16-bit ids under the plain names. */
+#ifdef SYS_setreuid32
+#define CALL_SETREUID SYS_setreuid32
+#define CALL_SETREGID SYS_setregid32
+#define CALL_SETGROUPS SYS_setgroups32
+#else
+#define CALL_SETREUID SYS_setreuid
+#define CALL_SETREGID SYS_setregid
+#define CALL_SETGROUPS SYS_setgroups
+#endif
+#ifdef SYS_fcntl64
+#define CALL_FCNTL SYS_fcntl64
+#else
+#define CALL_FCNTL SYS_fcntl
+#endif
+
+/* --- the child, from the clone to the exec ------------------------------------- */
+
+struct report {
+    uint32_t step;
+    int32_t error;
+};
+
+static inline int
+shares_memory(const struct spawn *s)
+{
+    return (s->clone_flags & CLONE_VM) != 0;
+}
+
+IN_CHILD static void
+child_reports(struct spawn *s)
+{
+    struct report report = {s->step, s->error};
+    CALL3(SYS_write, s->report, &report, sizeof report);
+}
+
+IN_CHILD __attribute__((noreturn)) static void
+child_fails(struct spawn *s, long error)
+{
+    s->error = (int32_t)-error;
+    if (!shares_memory(s))
+        child_reports(s);
+    for (;;)
+        CALL1(SYS_exit_group, 127);
+}
+
+IN_CHILD static inline void
+child_enters(struct spawn *s, enum spawn_step step)
+{
+    __atomic_store_n(&s->step, step, __ATOMIC_RELEASE);
+}
+
+IN_CHILD static int
+is_target(const struct spawn *s, int descriptor)
+{
+    for (size_t i = 0; i < s->descriptor_count; i++)
+        if (s->descriptors[i].target == descriptor)
+            return 1;
+    return 0;
+}
+
+/* A copy of `descriptor` where no target will overwrite it. */
+IN_CHILD static int
+child_moves_away(struct spawn *s, int descriptor, int first_free)
+{
+    long moved = CALL3(CALL_FCNTL, descriptor, F_DUPFD_CLOEXEC, first_free);
+    if (moved < 0)
+        child_fails(s, moved);
+    return (int)moved;
+}
+
+/* The lowest descriptor from `from` on that stays open, or -1. */
+IN_CHILD static int
+next_kept(const struct spawn *s, int from)
+{
+    int next = -1;
+    for (size_t i = 0; i < s->descriptor_count; i++) {
+        int target = s->descriptors[i].target;
+        if (target >= from && (next < 0 || target < next))
+            next = target;
+    }
+    if (s->report >= from && (next < 0 || s->report < next))
+        next = s->report;
+    if (s->cwd_descriptor >= from && (next < 0 || s->cwd_descriptor < next))
+        next = s->cwd_descriptor;
+    return next;
+}
+
+struct directory_entry { /* struct linux_dirent64 */
+    uint64_t inode;
+    int64_t offset;
+    uint16_t length;
+    uint8_t type;
+    char name[];
+};
+
+IN_CHILD static int
+number_from(const char *name)
+{
+    int number = 0;
+    if (*name < '0' || *name > '9')
+        return -1;
+    for (; *name >= '0' && *name <= '9'; name++)
+        number = number * 10 + (*name - '0');
+    return number;
+}
+
+/* Close as before Linux 5.9: what /proc lists, else every number there may be. */
+IN_CHILD static void
+child_closes_one_by_one(struct spawn *s)
+{
+    char buffer[1024] __attribute__((aligned(8)));
+    long directory = CALL4(SYS_openat, AT_FDCWD, "/proc/self/fd",
+                           O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
+    if (directory >= 0) {
+        long count;
+        while ((count = CALL3(SYS_getdents64, directory, buffer, sizeof buffer)) > 0) {
+            for (long at = 0; at < count;) {
+                struct directory_entry *entry = (struct directory_entry *)(buffer + at);
+                int descriptor = number_from(entry->name);
+                if (descriptor > 2 && descriptor != directory &&
+                    next_kept(s, descriptor) != descriptor)
+                    CALL1(SYS_close, descriptor);
+                at += entry->length;
+            }
+        }
+        CALL1(SYS_close, directory);
+        return;
+    }
+    struct rlimit64 limit = {256, 256};
+    CALL4(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, &limit);
+    for (int descriptor = 3; (uint64_t)descriptor < limit.rlim_cur; descriptor++)
+        if (next_kept(s, descriptor) != descriptor)
+            CALL1(SYS_close, descriptor);
+}
+
+IN_CHILD static void
+child_closes_the_rest(struct spawn *s)
+{
+    for (int from = 3; from >= 0;) {
+        int kept = next_kept(s, from);
+        if (kept != from) {
+            unsigned last = kept < 0 ? ~0U : (unsigned)kept - 1;
+            if (CALL3(SYS_close_range, from, last, 0) < 0) {
+                child_closes_one_by_one(s);
+                return;
+            }
+        }
+        from = kept < 0 ? -1 : kept + 1;
+    }
+}
+
+IN_CHILD static void
+child_arranges_descriptors(struct spawn *s)
+{
+    int first_free = 3;
+    for (size_t i = 0; i < s->descriptor_count; i++)
+        if (s->descriptors[i].target >= first_free)
+            first_free = s->descriptors[i].target + 1;
+    if (is_target(s, s->report))
+        s->report = child_moves_away(s, s->report, first_free);
+    if (s->cwd_descriptor >= 0 && is_target(s, s->cwd_descriptor))
+        s->cwd_descriptor = child_moves_away(s, s->cwd_descriptor, first_free);
+    for (size_t i = 0; i < s->descriptor_count; i++) {
+        struct spawn_descriptor *d = &s->descriptors[i];
+        if (d->source != d->target && is_target(s, d->source))
+            d->source = child_moves_away(s, d->source, first_free);
+    }
+    for (size_t i = 0; i < s->descriptor_count; i++) {
+        struct spawn_descriptor *d = &s->descriptors[i];
+        long result = d->source == d->target ? CALL3(CALL_FCNTL, d->target, F_SETFD, 0)
+                                             : CALL3(SYS_dup3, d->source, d->target, 0);
+        if (result < 0)
+            child_fails(s, result);
+    }
+    if (s->close_fds)
+        child_closes_the_rest(s);
+}
+
+#if SPAWN_CAN_SHARE_MEMORY
+
+struct kernel_sigaction { /* large enough for each of the three architectures */
+    void (*handler)(int);
+    unsigned long flags;
+    uint64_t rest[2];
+};
+
+IN_CHILD static void
+child_sets_default(int number)
+{
+    struct kernel_sigaction action;
+    action.handler = SIG_DFL;
+    action.flags = 0;
+    action.rest[0] = action.rest[1] = 0;
+    CALL4(SYS_rt_sigaction, number, &action, NULL, SIGNAL_SET_SIZE);
+}
+
+IN_CHILD static int
+child_handles(int number)
+{
+    struct kernel_sigaction action;
+    return CALL4(SYS_rt_sigaction, number, NULL, &action, SIGNAL_SET_SIZE) == 0 &&
+           action.handler != SIG_DFL && action.handler != SIG_IGN;
+}
+
+#else
+
+static void
+child_sets_default(int number)
+{
+    signal(number, SIG_DFL);
+}
+
+static int
+child_handles(int number)
+{
+    struct sigaction action;
+    return sigaction(number, NULL, &action) == 0 && action.sa_handler != SIG_DFL &&
+           action.sa_handler != SIG_IGN;
+}
+
+#endif
+
+IN_CHILD static void
+child_resets_signals(struct spawn *s)
+{
+    if (!(s->clone_flags & CLEAR_SIGHAND))
+        for (int number = 1; number <= SIGNAL_COUNT; number++)
+            if (child_handles(number))
+                child_sets_default(number);
+    if (s->restore_signals) {
+        child_sets_default(SIGPIPE);
+        child_sets_default(SIGXFSZ);
+    }
+}
+
+/* All signals were blocked until here. A pending one that dumps core would
+ * write out the parent's memory. */
+IN_CHILD static void
+child_unblocks_signals(struct spawn *s)
+{
+    uint64_t pending = 0;
+    CALL2(SYS_rt_sigpending, &pending, SIGNAL_SET_SIZE);
+    if (shares_memory(s) && (pending & ~s->signal_mask & CORE_DUMPING_SIGNALS))
+        CALL2(SYS_kill, CALL0(SYS_getpid), SIGKILL);
+    CALL4(SYS_rt_sigprocmask, SIG_SETMASK, &s->signal_mask, NULL, SIGNAL_SET_SIZE);
+}
+
+/* The first error that says more than "not here" wins, as in os.execvpe(). */
+IN_CHILD static long
+child_execs(struct spawn *s)
+{
+    long error = -ENOENT, telling = 0;
+    for (const char **path = s->paths; *path != NULL; path++) {
+        error = CALL3(SYS_execve, *path, s->argv, s->envp);
+        if (error != -ENOENT && error != -ENOTDIR && telling == 0)
+            telling = error;
+    }
+    return telling ? telling : error;
+}
+
+#define TRY(step, call)                \
+    do {                               \
+        child_enters(s, step);         \
+        long result = (call);          \
+        if (result < 0)                \
+            child_fails(s, result);    \
+    } while (0)
+
+IN_CHILD __attribute__((noreturn)) static void
+child_runs(void *argument)
+{
+    struct spawn *s = argument;
+
+    if (s->cgroup_procs >= 0)
+        TRY(SPAWN_STEP_CGROUP, CALL3(SYS_write, s->cgroup_procs, "0", 1));
+    child_enters(s, SPAWN_STEP_DESCRIPTORS);
+    child_arranges_descriptors(s);
+    if (s->cwd_descriptor >= 0)
+        TRY(SPAWN_STEP_CHDIR, CALL1(SYS_fchdir, s->cwd_descriptor));
+    if (s->cwd != NULL)
+        TRY(SPAWN_STEP_CHDIR, CALL1(SYS_chdir, s->cwd));
+    if (s->umask >= 0)
+        CALL1(SYS_umask, s->umask);
+    child_resets_signals(s);
+    if (s->new_session)
+        TRY(SPAWN_STEP_SESSION, CALL0(SYS_setsid));
+    if (s->process_group >= 0)
+        TRY(SPAWN_STEP_PROCESS_GROUP, CALL2(SYS_setpgid, 0, s->process_group));
+    if (s->group_count >= 0)
+        TRY(SPAWN_STEP_GROUPS, CALL2(CALL_SETGROUPS, s->group_count, s->groups));
+    if (s->gid >= 0)
+        TRY(SPAWN_STEP_GID, CALL2(CALL_SETREGID, s->gid, s->gid));
+    if (s->uid >= 0)
+        TRY(SPAWN_STEP_UID, CALL2(CALL_SETREUID, s->uid, s->uid));
+    if (s->no_new_privs)
+        TRY(SPAWN_STEP_NO_NEW_PRIVS,
+            system_call(SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
+    child_enters(s, SPAWN_STEP_EXEC);
+    if (!shares_memory(s))
+        child_reports(s);
+    child_unblocks_signals(s);
+    child_fails(s, child_execs(s));
+}
+
+/* --- the parent ---------------------------------------------------------------- */
+
+static long
+clone_sharing_memory(struct spawn *s, struct clone3_arguments *arguments)
+{
+#if SPAWN_CAN_SHARE_MEMORY
+    if (!s->legacy_clone) {
+        arguments->stack = (uint64_t)(uintptr_t)s->stack;
+        arguments->stack_size = s->stack_size;
+        return system_call_on_new_stack(SYS_clone3, (long)arguments, sizeof *arguments, 0, 0, 0,
+                                        child_runs, s);
+    }
+    long flags = (long)((uint32_t)s->clone_flags | (uint32_t)s->exit_signal);
+    long top = (long)(s->stack + s->stack_size);
+#if defined(__x86_64__)
+    return system_call_on_new_stack(SYS_clone, flags, top, (long)&s->pidfd, (long)&s->tid, 0,
+                                    child_runs, s);
+#else /* arm64 and riscv take tls before child_tid */
+    return system_call_on_new_stack(SYS_clone, flags, top, (long)&s->pidfd, 0, (long)&s->tid,
+                                    child_runs, s);
+#endif
+#else
+    (void)s;
+    (void)arguments;
+    return -ENOSYS;
+#endif
+}
+
+/* As fork(): the child goes on with a copy of the caller's memory and stack. */
+static long
+clone_copying_memory(struct spawn *s, struct clone3_arguments *arguments)
+{
+    long pid;
+    if (!s->legacy_clone) {
+        pid = CALL2(SYS_clone3, arguments, sizeof *arguments);
+    } else {
+        long flags = (long)((uint32_t)s->clone_flags | (uint32_t)s->exit_signal);
+#if defined(__s390__)
+        pid = system_call(SYS_clone, 0, flags, (long)&s->pidfd, 0, 0);
+#else
+        pid = system_call(SYS_clone, flags, 0, (long)&s->pidfd, 0, 0);
+#endif
+    }
+    if (pid == 0)
+        child_runs(s);
+    return pid;
+}
+
+static long
+clone_child(struct spawn *s)
+{
+    struct clone3_arguments arguments = {
+        .flags = s->clone_flags,
+        .pidfd = (uint64_t)(uintptr_t)&s->pidfd,
+        .exit_signal = (uint64_t)s->exit_signal,
+        .cgroup = s->clone_flags & INTO_CGROUP ? (uint64_t)s->cgroup : 0,
+    };
+    if (!shares_memory(s))
+        return clone_copying_memory(s, &arguments);
+    s->clone_flags |= CLONE_CHILD_CLEARTID;
+    arguments.flags = s->clone_flags;
+    arguments.child_tid = (uint64_t)(uintptr_t)&s->tid;
+    return clone_sharing_memory(s, &arguments);
+}
+
+int
+spawn_start(struct spawn *s)
+{
+    static const uint64_t all_signals = ~UINT64_C(0);
+    int ends[2];
+
+    spawn_sweep();
+    if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) < 0)
+        return errno;
+    s->tid = 1;
+    s->pidfd = -1; /* a kernel that ignores CLONE_PIDFD leaves it so */
+    s->pipe = ends[0];
+    s->report = ends[1];
+    s->owner = getpid();
+    s->left = 0;
+
+    /* The raw call: the libc's keeps the signals that it uses itself open. */
+    CALL4(SYS_rt_sigprocmask, SIG_SETMASK, &all_signals, &s->signal_mask, SIGNAL_SET_SIZE);
+    long pid = clone_child(s);
+    CALL4(SYS_rt_sigprocmask, SIG_SETMASK, &s->signal_mask, NULL, SIGNAL_SET_SIZE);
+
+    close(ends[1]);
+    if (pid < 0) {
+        close(ends[0]);
+        s->left = 1;
+        return (int)-pid;
+    }
+    s->pid = (pid_t)pid;
+    return 0;
+}
+
+static void
+read_reports(struct spawn *s)
+{
+    struct report report;
+    ssize_t count;
+    while ((count = read(s->pipe, &report, sizeof report)) == (ssize_t)sizeof report) {
+        s->step = report.step;
+        s->error = report.error;
+    }
+    s->ended = count == 0;
+}
+
+int
+spawn_has_left(struct spawn *s, int exited)
+{
+    if (s->left)
+        return 1;
+    if (shares_memory(s)) {
+        s->left = exited || __atomic_load_n(&s->tid, __ATOMIC_ACQUIRE) == 0;
+    } else {
+        read_reports(s);
+        s->left = exited || s->ended;
+    }
+    return s->left;
+}
+
+/* --- the mapping --------------------------------------------------------------- */
+
+static _Atomic(struct spawn *) parked = NULL;
+
+static size_t
+align(size_t size, size_t to)
+{
+    return (size + to - 1) / to * to;
+}
+
+struct spawn *
+spawn_new(size_t data)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t stack = align(STACK_SIZE, page);
+    size_t head = align(sizeof(struct spawn), 64);
+    size_t size = page + stack + align(head + data, page);
+    char *mapping = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapping == MAP_FAILED)
+        return NULL;
+    if (mprotect(mapping, page, PROT_NONE) < 0) {
+        int error = errno;
+        munmap(mapping, size);
+        errno = error;
+        return NULL;
+    }
+    struct spawn *s = (struct spawn *)(mapping + page + stack);
+    s->mapping = mapping;
+    s->mapping_size = size;
+    s->stack = mapping + page;
+    s->stack_size = stack;
+    s->free = (char *)s + head;
+    s->left = 1; /* until there is a child */
+    return s;
+}
+
+void *
+spawn_allocate(struct spawn *s, size_t size)
+{
+    char *start = s->free;
+    s->free += align(size, sizeof(void *));
+    return start;
+}
+
+/* A forked copy of the program has a copy of the mapping, in which no child is. */
+static int
+is_unused(struct spawn *s)
+{
+    return !shares_memory(s) || s->owner != getpid() || spawn_has_left(s, 0);
+}
+
+static void
+park(struct spawn *first, struct spawn *last)
+{
+    last->next_parked = atomic_load(&parked);
+    while (!atomic_compare_exchange_weak(&parked, &last->next_parked, first))
+        ;
+}
+
+void
+spawn_release(struct spawn *s)
+{
+    if (s->left || is_unused(s))
+        munmap(s->mapping, s->mapping_size);
+    else
+        park(s, s);
+}
+
+void
+spawn_sweep(void)
+{
+    if (atomic_load(&parked) == NULL)
+        return;
+    struct spawn *next, *s = atomic_exchange(&parked, NULL);
+    for (; s != NULL; s = next) {
+        next = s->next_parked;
+        spawn_release(s);
+    }
+}
+
+/* --- probing ------------------------------------------------------------------- */
+
+/* Without side effects: the kernel checks the flags first, and then fails to
+ * store the pidfd. CLONE_VM and CLONE_VFORK only so that a kernel which did
+ * succeed would copy nothing and run the child first. */
+int
+spawn_probe(uint64_t clone_flags, int legacy_clone)
+{
+    uint64_t flags = clone_flags | CLONE_VM | CLONE_VFORK | CLONE_PIDFD;
+    struct clone3_arguments arguments = {.flags = flags, .pidfd = 1};
+    long result;
+    if (!legacy_clone)
+        result = CALL2(SYS_clone3, &arguments, sizeof arguments);
+#if defined(__s390__)
+    else
+        result = system_call(SYS_clone, 0, (long)(uint32_t)flags, 1, 0, 0);
+#else
+    else
+        result = system_call(SYS_clone, (long)(uint32_t)flags, 0, 1, 0, 0);
+#endif
+    if (result == 0)
+        for (;;)
+            CALL1(SYS_exit_group, 0);
+    if (result > 0) {
+        waitpid((pid_t)result, NULL, __WALL);
+        return 0;
+    }
+    return (int)-result;
+}

@@ -1,0 +1,115 @@
+"""The backend ``popen``: a child made by subprocess.Popen, which hands its own pidfd over.
+
+A pidfd opened by the parent, from a pid, could belong to a stranger: a stray
+``waitpid(-1)`` or an ignored SIGCHLD frees the pid as soon as the child exits.
+So the child opens it, before its exec, and sends it through a socket.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from aioreap import _clone
+
+if TYPE_CHECKING:
+    from aioreap.spawn import SpawnPlan, Spawned
+
+_FAILURE: Final = struct.Struct("ii")  # step, errno; (0, 0) comes with the pidfd
+
+
+class _Popen(subprocess.Popen[bytes]):
+    """A Popen that leaves its child alone once the pidfd stands for it."""
+
+    def __del__(self) -> None:
+        pass
+
+
+def _in_child(plan: SpawnPlan, channel: socket.socket, cgroup_procs: int) -> Callable[[], None]:
+    preexec_fn = plan.options.get("preexec_fn")
+
+    def prepare() -> None:
+        step = _clone.STEP_START
+        try:
+            pidfd = os.pidfd_open(os.getpid())
+            step = _clone.STEP_CGROUP
+            if cgroup_procs >= 0:
+                os.write(cgroup_procs, b"0")
+            step = _clone.STEP_NO_NEW_PRIVS
+            if plan.no_new_privs:
+                _clone.set_no_new_privs()
+        except OSError as error:
+            channel.send(_FAILURE.pack(step, error.errno or 0))
+            raise
+        socket.send_fds(channel, [_FAILURE.pack(0, 0)], [pidfd])
+        if preexec_fn is not None:
+            preexec_fn()
+
+    return prepare
+
+
+def _popen_arguments(plan: SpawnPlan) -> dict[str, Any]:
+    sources = {target: source for source, target in plan.descriptors}
+    cwd: Any = plan.options.get("cwd")
+    if plan.cwd_descriptor >= 0:
+        cwd = os.path.join(b"/proc/self/fd/%d" % plan.cwd_descriptor, plan.cwd or b"")
+    return {
+        "args": plan.arguments,
+        "executable": plan.program,
+        "stdin": sources.get(0),
+        "stdout": sources.get(1),
+        "stderr": sources.get(2),
+        "close_fds": plan.close_fds,
+        "pass_fds": [target for _, target in plan.descriptors if target > 2],
+        "cwd": cwd,
+        "env": None if plan.envp is None else dict(v.split(b"=", 1) for v in plan.envp),
+        "restore_signals": plan.restore_signals,
+        "start_new_session": plan.new_session,
+        "process_group": None if plan.process_group < 0 else plan.process_group,
+        "user": None if plan.uid < 0 else plan.uid,
+        "group": None if plan.gid < 0 else plan.gid,
+        "extra_groups": plan.groups,
+        "umask": plan.umask,
+    }
+
+
+def spawn(plan: SpawnPlan) -> Spawned:
+    """Make the child as SpawnPlan.clone() does; returns when its program has started.
+
+    Raises:
+        OSError, subprocess.SubprocessError: as subprocess.Popen; there is no child.
+    """
+    from aioreap.spawn import Spawned
+
+    started_ns = time.monotonic_ns()
+    cgroup_procs = plan.open_cgroup_procs() if plan.cgroup >= 0 else -1
+    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        prepare = _in_child(plan, theirs, cgroup_procs)
+        try:
+            process = _Popen(preexec_fn=prepare, **_popen_arguments(plan))
+        except subprocess.SubprocessError:
+            _raise_reported(plan, ours)
+            raise
+        except OSError as error:
+            if error.filename is not None and plan.cwd_descriptor >= 0:
+                error.filename = plan.options.get("cwd", error.filename)
+            raise
+        _, (pidfd,), _, _ = socket.recv_fds(ours, _FAILURE.size, 1, socket.MSG_DONTWAIT)
+        os.set_inheritable(pidfd, False)
+    return Spawned(process.pid, pidfd, reap=True, started_ns=started_ns)
+
+
+def _raise_reported(plan: SpawnPlan, channel: socket.socket) -> None:
+    try:
+        message = channel.recv(_FAILURE.size, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return
+    step, error = _FAILURE.unpack(message)
+    if error:
+        raise plan.error_for(step, error)

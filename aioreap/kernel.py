@@ -1,0 +1,292 @@
+"""What the kernel offers and says: its numbers, exit statuses from a pidfd, and the backend.
+
+====================== ===== ==================================================
+needed                 since for
+====================== ===== ==================================================
+pidfd from clone       5.2   a child that cannot be mistaken for another
+waitid(P_PIDFD)        5.4   backends ``pidfd`` and ``popen``
+CLONE_CLEAR_SIGHAND    5.5   default signal handlers in one step
+CLONE_INTO_CGROUP      5.7   ``cgroup=`` without a window
+PIDFD_GET_INFO         6.13  the cgroup of a child
+PIDFD_INFO_EXIT        6.15  statuses that nobody can steal
+CLONE_AUTOREAP         7.1   backend ``autoreap``
+====================== ===== ==================================================
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import signal
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, Literal, NamedTuple
+
+from aioreap import _clone
+
+__all__ = ["Backend", "Feature", "backend"]
+
+CLONE_VM: Final = 0x00000100
+CLONE_PIDFD: Final = 0x00001000
+CLONE_CLEAR_SIGHAND: Final = 1 << 32
+CLONE_INTO_CGROUP: Final = 1 << 33
+CLONE_AUTOREAP: Final = 1 << 34
+CLONE_NNP: Final = 1 << 35
+CLONE_PIDFD_AUTOKILL: Final = 1 << 36
+
+PIDFD_GET_INFO: Final = 0xC040FF0B  # _IOWR(0xFF, 11, 64 bytes): PIDFD_INFO_SIZE_VER0
+PIDFD_INFO_CGROUPID: Final = 1 << 2
+PIDFD_INFO_EXIT: Final = 1 << 3
+PIDFD_INFO_COREDUMP: Final = 1 << 4
+PIDFD_INFO_SUPPORTED_MASK: Final = 1 << 5
+_PIDFD_INFO: Final = struct.Struct("=QQ44xi")  # mask, cgroupid, ids, exit_code
+_PIDFD_INFO_VER3: Final = struct.Struct("=Q72xQ")  # mask, ..., supported_mask
+_PIDFD_GET_INFO_VER3: Final = 0xC058FF0B
+
+# A call that a filter or an older kernel refuses; what else can be tried is tried then.
+REFUSALS: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EINVAL})
+_ASK_AGAIN_LATER: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.EINTR})
+
+BackendName = Literal["autoreap", "pidfd", "popen"]
+
+
+class ExitStatus(NamedTuple):
+    """A wait status, None if nobody knows it any more, and the cgroup it was reached in."""
+
+    status: int | None
+    cgroup_id: int | None
+
+
+def _pidfd_info(pidfd: int) -> ExitStatus | None:
+    # An answer with an empty mask means that the task vanished while the
+    # kernel was reading it: the next answer is a whole one.
+    for _ in range(8):
+        info = bytearray(_PIDFD_INFO.size)
+        _PIDFD_INFO.pack_into(info, 0, PIDFD_INFO_EXIT | PIDFD_INFO_CGROUPID, 0, 0)
+        fcntl.ioctl(pidfd, PIDFD_GET_INFO, info)
+        mask, cgroup_id, status = _PIDFD_INFO.unpack(info)
+        if mask & PIDFD_INFO_EXIT:
+            return ExitStatus(status, cgroup_id if mask & PIDFD_INFO_CGROUPID else None)
+        if mask:
+            return None
+    return None
+
+
+def _wait_status(result: os.waitid_result) -> int:
+    if result.si_code == os.CLD_EXITED:
+        return result.si_status << 8
+    return result.si_status | (0x80 if result.si_code == os.CLD_DUMPED else 0)
+
+
+def is_readable(descriptor: int) -> bool:
+    """Whether poll() reports POLLIN now."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def exit_status(pidfd: int, *, reap: bool) -> ExitStatus | None:
+    """Ask once, without waiting, how the process behind `pidfd` ended.
+
+    `reap` says that it is this process's child and not an auto-reaped one.
+    None means not yet, also for a pidfd that is readable already: POLLIN comes
+    before the kernel stores the exit info, and while a tracer holds the dead
+    child.
+
+    Raises:
+        OSError: ESRCH: the process is gone, and there is no exit info, or not yet;
+            only time tells. EREMOTE: it is beyond this pid namespace.
+    """
+    if reap:
+        try:
+            result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+        except BlockingIOError:  # libuv makes the descriptor non-blocking
+            return None
+        except ChildProcessError:
+            pass  # reaped by somebody else, or this is a forked copy of the parent
+        else:
+            if result is None:
+                return None
+            try:
+                after = _pidfd_info(pidfd)
+            except OSError:
+                after = None
+            return ExitStatus(_wait_status(result), after.cgroup_id if after else None)
+    try:
+        return _pidfd_info(pidfd)
+    except OSError as error:
+        if error.errno not in (errno.ENOTTY, errno.EINVAL):
+            raise
+        return ExitStatus(None, None) if is_readable(pidfd) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One question to the kernel: whether it can be used, and the answer in words."""
+
+    available: bool
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """How children are made and watched here.
+
+    Attributes:
+        name: ``"autoreap"``, ``"pidfd"`` or ``"popen"``.
+        reason: why this one, in a sentence.
+        features: each probe's answer by the feature's name.
+    """
+
+    name: BackendName
+    reason: str
+    features: Mapping[str, Feature]
+
+    @property
+    def legacy_clone(self) -> bool:
+        """Whether clone3 cannot be used, but clone can."""
+        return not self.features["clone3"].available
+
+
+def _answer(error: int) -> Feature:
+    if error in _ASK_AGAIN_LATER:
+        raise OSError(error, os.strerror(error))
+    if error in (0, errno.EFAULT):
+        return Feature(True, "yes")
+    name = errno.errorcode.get(error, str(error))
+    why = "unknown to this kernel" if error == errno.EINVAL else "no such call, or hidden by a filter"
+    return Feature(False, f"no ({name}: {why})")
+
+
+def _errno_of(call: Callable[[], object]) -> int:
+    try:
+        call()
+    except OSError as error:
+        return error.errno or 0
+    return 0
+
+
+def _clone_feature(flags: int, legacy: bool = False) -> Feature:
+    return _answer(_clone.probe(flags, legacy))
+
+
+def _exit_info_feature(pidfd: int) -> Feature:
+    info = bytearray(_PIDFD_INFO_VER3.size)
+    _PIDFD_INFO_VER3.pack_into(info, 0, PIDFD_INFO_SUPPORTED_MASK | PIDFD_INFO_COREDUMP, 0)
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO_VER3, info)
+    except OSError as error:
+        return _answer(error.errno or 0)
+    mask, supported = _PIDFD_INFO_VER3.unpack(info)
+    if mask & PIDFD_INFO_SUPPORTED_MASK:
+        return Feature(bool(supported & PIDFD_INFO_EXIT), "yes" if supported & PIDFD_INFO_EXIT else "no")
+    if mask & PIDFD_INFO_COREDUMP:
+        return Feature(True, "yes (PIDFD_INFO_COREDUMP is known, and came later)")
+    return Feature(False, "unknown (the kernel does not say what it supports; none before Linux 6.15)")
+
+
+def _probe() -> dict[str, Feature]:
+    features: dict[str, Feature] = {}
+    # On a descriptor that cannot be open: EBADF says that P_PIDFD is known.
+    waitid = _errno_of(lambda: os.waitid(os.P_PIDFD, 2**31 - 1, os.WEXITED | os.WNOHANG))
+    features["waitid_pidfd"] = _answer(0 if waitid == errno.EBADF else waitid)
+    try:
+        own = os.pidfd_open(os.getpid())
+    except OSError as error:
+        features["pidfd_open"] = _answer(error.errno or 0)
+        no_pidfd = Feature(False, "not asked (needs pidfd_open)")
+        features.update(dict.fromkeys(("pidfd_send_signal", "pidfd_get_info", "exit_info"), no_pidfd))
+    else:
+        try:
+            features["pidfd_open"] = Feature(True, "yes")
+            features["pidfd_send_signal"] = _answer(_errno_of(lambda: signal.pidfd_send_signal(own, 0)))
+            features["pidfd_get_info"] = _answer(_errno_of(lambda: _pidfd_info(own)))
+            features["exit_info"] = _exit_info_feature(own)
+        finally:
+            os.close(own)
+    if features["waitid_pidfd"].available:
+        features["clone_pidfd"] = _clone_feature(0, legacy=True)
+    else:  # a kernel before 5.2 ignores CLONE_PIDFD, and the probe would make a child
+        features["clone_pidfd"] = Feature(False, "not asked (needs waitid_pidfd)")
+    features["clone3"] = _clone_feature(0)
+    features["clear_sighand"] = _clone_feature(CLONE_CLEAR_SIGHAND)
+    features["into_cgroup"] = _clone_feature(CLONE_INTO_CGROUP)
+    features["autoreap"] = _clone_feature(CLONE_AUTOREAP)
+    features["nnp"] = _clone_feature(CLONE_NNP)
+    features["autokill"] = _clone_feature(CLONE_AUTOREAP | CLONE_NNP | CLONE_PIDFD_AUTOKILL)
+    return features
+
+
+def _tracer_pid() -> int:
+    try:
+        with open("/proc/self/status", "rb") as status:
+            for line in status:
+                if line.startswith(b"TracerPid:"):
+                    return int(line.split()[1])
+    except OSError:
+        pass
+    return 0
+
+
+def _missing(name: str, features: Mapping[str, Feature]) -> str | None:
+    """What `name` lacks here, or None."""
+    needs = {
+        "autoreap": ("autoreap",),
+        "pidfd": ("waitid_pidfd", "clone3" if features["clone3"].available else "clone_pidfd"),
+        "popen": ("waitid_pidfd", "pidfd_open"),
+    }[name]
+    for need in needs:
+        if not features[need].available:
+            return f"{need}: {features[need].answer}"
+    return None
+
+
+def _choose(features: Mapping[str, Feature]) -> tuple[BackendName, str]:
+    forced = os.environ.get("AIOREAP_BACKEND")
+    if forced:
+        if forced not in ("autoreap", "pidfd", "popen"):
+            raise ValueError(f"AIOREAP_BACKEND must be autoreap, pidfd or popen, not {forced!r}")
+        missing = _missing(forced, features)
+        if missing is not None:
+            raise OSError(errno.ENOSYS, f"AIOREAP_BACKEND={forced} cannot be had here; {missing}")
+        return forced, "AIOREAP_BACKEND says so"
+    lacks_autoreap = _missing("autoreap", features)
+    tracer = _tracer_pid()
+    if lacks_autoreap is None and not tracer:
+        return "autoreap", "this kernel has CLONE_AUTOREAP"
+    if lacks_autoreap is None:
+        why = f"process {tracer} traces this one, and debuggers take an auto-reaped child for a thread"
+    else:
+        why = f"no CLONE_AUTOREAP ({lacks_autoreap})"
+    if _missing("pidfd", features) is None:
+        return "pidfd", why
+    if _missing("popen", features) is None:
+        return "popen", f"{why}; {_missing('pidfd', features)}"
+    raise OSError(errno.ENOSYS, f"aioreap needs pidfds (Linux 5.4); {_missing('popen', features)}")
+
+
+_backend: Backend | None = None
+
+
+def backend() -> Backend:
+    """How children are made and watched in this process, and why.
+
+    Probed at the first call, without making a process, and then kept. The
+    environment variable AIOREAP_BACKEND forces one of ``autoreap``, ``pidfd``
+    and ``popen``; it is read once.
+
+    Raises:
+        OSError: ENOSYS if there is no usable backend or not the one forced;
+            EMFILE, ENOMEM and the like if probing has to wait for better times.
+        ValueError: AIOREAP_BACKEND names no backend.
+    """
+    global _backend
+    if _backend is None:
+        features = _probe()
+        name, reason = _choose(features)
+        _backend = Backend(name, reason, MappingProxyType(features))
+    return _backend

@@ -1,0 +1,331 @@
+"""From a SpawnPlan to a running program: the time between clone and exec, which holds no loop.
+
+The wakeup is the exec pipe, which reaches EOF about when the child has exec'ed
+or died. The truth is what _clone.outcome() says, and only after it may the
+block be freed. A copy of the pipe in some other process can keep EOF away, so a
+timer asks as well while launches are in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import time
+import weakref
+from collections import deque
+from typing import Final
+
+from aioreap import _clone, spawn
+from aioreap.spawn import Spawned, SpawnPlan
+from aioreap.watcher import Child, ChildWatcher, logger, reap_orphans
+
+__all__ = ["Launch", "Launcher"]
+
+# What the clones of one turn of the loop may take together; the first is never deferred.
+TURN_BUDGET_NS = 1_000_000
+# How often launches are looked at although no EOF woke anybody, in seconds.
+_BACKSTOP: Final = 0.05
+# EOF can come before the child has left the memory (on 7.3 by 0.1 ms). For so
+# many turns of the loop it is asked again, and then after growing times, in seconds.
+_EARLY_TURNS: Final = 4
+_EARLY_DELAY: Final = 0.001
+_EARLY_DELAY_LIMIT: Final = 0.05
+# How often a busy program is looked at again, in seconds.
+_BUSY_DELAY: Final = 0.001
+# How long abort() waits for the death of a killed child, in seconds: left in
+# peace, and when its caller is cancelled again meanwhile.
+_ABORT_PATIENCE: Final = 1.0
+_ABORT_PATIENCE_DISTURBED: Final = 0.04
+
+
+class Launch:
+    """One program being started; made by Launcher.begin().
+
+    Attributes:
+        child: None while the launch waits for its turn.
+    """
+
+    def __init__(self, launcher: Launcher, plan: SpawnPlan) -> None:
+        self.child: Child | None = None
+        self._launcher = launcher
+        self._plan = plan
+        self._spawned: Spawned | None = None
+        self._pipe = -1
+        self._asked_early = 0
+        self._retried = False
+        self._aborted = False
+        self._is_over = False
+        self._error: BaseException | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __del__(self) -> None:
+        self._plan.close()
+        self._let_go()
+
+    async def started(self) -> Child:
+        """Wait until the program runs.
+
+        A cancelled call leaves the launch as it is: abort() or destroy() must follow.
+
+        Raises:
+            OSError, subprocess.SubprocessError: as subprocess.Popen; no child is left.
+        """
+        while not self._is_over:
+            await self._wait()
+        # Neither this frame nor the launch may keep what the traceback refers to.
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
+        assert self.child is not None
+        return self.child
+
+    async def abort(self) -> None:
+        """Kill the child and wait until nothing of it is left.
+
+        Cancellations meanwhile are swallowed: the caller raises the one that
+        brought it here. A child that cannot be killed yet (in uninterruptible
+        sleep) is left to the loop's readers after a second.
+        """
+        self._aborted = True
+        self._plan.close()
+        child = self.child
+        if child is None:
+            return
+        child.send_signal(signal.SIGKILL)
+        child.add_exit_callback(self._wake)
+        loop = self._launcher.loop
+        patience, begin = _ABORT_PATIENCE, loop.time()
+        timer = loop.call_later(patience, self._wake)
+        while child.exit_info is None and loop.time() - begin < patience:
+            try:
+                await self._wait()
+            except asyncio.CancelledError:
+                patience = _ABORT_PATIENCE_DISTURBED
+        timer.cancel()
+        if child.exit_info is None:
+            logger.warning("child %d is killed and does not die yet", child.pid)
+
+    def destroy(self) -> None:
+        """Kill the child with no help from a loop."""
+        self._aborted = True
+        self._plan.close()
+        if self.child is not None:
+            self.child.destroy()
+        self._let_go()
+
+    def clone(self) -> None:
+        """Make the child, now. What fails is raised by started()."""
+        if self._aborted:
+            return
+        try:
+            self._clone()
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.ETXTBSY and not self._retried:
+                self._retry(set(spawn.in_flight))
+            else:
+                self._fail(error)
+
+    def _clone(self) -> None:
+        reap_orphans()
+        spawned = self._plan.clone()
+        child = Child(
+            spawned.pid, spawned.pidfd, reap=spawned.reap, started_ns=spawned.started_ns
+        )
+        self.child, self._spawned, self._pipe = child, spawned, spawned.pipe
+        try:
+            self._launcher.watcher.watch(child)
+            if spawned.block is not None:
+                self._launcher.loop.add_reader(self._pipe, self._pipe_readable)
+        except BaseException:
+            child.destroy()
+            self._let_go()
+            raise
+        if spawned.block is None:
+            self._succeed()
+        else:
+            child.add_exit_callback(self._child_exited)
+            self._launcher.look_after(self)
+
+    async def _wait(self) -> None:
+        self._waiter = self._launcher.loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self, _child: Child | None = None) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _succeed(self) -> None:
+        self._plan.close()
+        self._is_over = True
+        self._wake()
+
+    def _fail(self, error: BaseException) -> None:
+        self._plan.close()
+        self._is_over, self._error = True, error
+        self._wake()
+
+    # Between the clone and the exec.
+
+    def examine(self) -> bool:
+        """Look whether the child has exec'ed or failed; True if that is known."""
+        return self._examine(exited=False)
+
+    def _pipe_readable(self) -> None:
+        """EOF, or a report of a child with memory of its own, which examining takes."""
+        if not self.examine() and self._spawned is not None and self._spawned.shares_memory:
+            self._close_pipe()
+            self._ask_early()
+
+    def _ask_early(self) -> None:
+        if self.examine():
+            return
+        loop = self._launcher.loop
+        turns = self._asked_early - _EARLY_TURNS
+        self._asked_early += 1
+        if turns < 0:
+            loop.call_soon(self._ask_early)
+        else:
+            loop.call_later(min(_EARLY_DELAY * 2**turns, _EARLY_DELAY_LIMIT), self._ask_early)
+
+    def _child_exited(self, _child: Child) -> None:
+        self._examine(exited=True)
+
+    def _examine(self, *, exited: bool) -> bool:
+        if self._spawned is None or self._spawned.block is None:
+            return True
+        outcome = _clone.outcome(self._spawned.block, exited)
+        if outcome is None:
+            return False
+        self._let_go()
+        assert self.child is not None
+        self.child.discard_exit_callback(self._child_exited)
+        step, error = outcome
+        if step == _clone.STEP_EXEC and not error:
+            self._succeed()
+        else:
+            self.child.add_exit_callback(lambda _: self._failed(step, error))
+        return True
+
+    def _failed(self, step: int, error: int) -> None:
+        """The child could not exec, and is gone by now."""
+        if error == errno.ETXTBSY and not self._retried and not self._aborted:
+            self._retry(set(spawn.in_flight))
+            return
+        self._fail(self._plan.error_for(step, error))
+
+    def _retry(self, others: set[Spawned]) -> None:
+        """Try once more when no child of ours holds a copy of all descriptors any more.
+
+        A program that this process has just written is busy as long as a child
+        before its exec holds a copy of the descriptor it was written through.
+        """
+        self._retried = True
+        if any(other.holds_descriptors() for other in others):
+            self._launcher.loop.call_later(_BUSY_DELAY, self._retry, others)
+        else:
+            self.clone()
+
+    def _let_go(self) -> None:
+        """Give up the pipe and the block, which is kept until the child has left it."""
+        self._close_pipe()
+        if self._spawned is not None:
+            spawn.in_flight.discard(self._spawned)
+            self._spawned = None
+
+    def _close_pipe(self) -> None:
+        pipe, self._pipe = self._pipe, -1
+        if pipe >= 0:
+            self._launcher.remove_reader(pipe)
+            os.close(pipe)
+
+
+class Launcher:
+    """Starts programs for one event loop; ``Launcher.of(loop)`` is the one of that loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.watcher = ChildWatcher.of(loop)
+        self._loop = weakref.ref(loop)
+        self._owner = os.getpid()
+        self._in_flight: weakref.WeakSet[Launch] = weakref.WeakSet()
+        self._backstop: asyncio.TimerHandle | None = None
+        self._deferred: deque[Launch] = deque()
+        self._spent_ns = 0
+        self._turn_follows = False
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> Launcher:
+        """The launcher of `loop`, made at the first call."""
+        launcher = _launchers.get(loop)
+        if launcher is None:
+            launcher = _launchers.setdefault(loop, cls(loop))
+        return launcher
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        loop = self._loop()
+        if loop is None or loop.is_closed():
+            raise RuntimeError("Event loop is closed")
+        return loop
+
+    def begin(self, plan: SpawnPlan) -> Launch:
+        """Start the program at once, or in a later turn of the loop if this one has started many.
+
+        A deferred plan is frozen, so that nothing that happens meanwhile changes it.
+        """
+        launch = Launch(self, plan)
+        loop = self.loop
+        if (self._deferred or self._spent_ns >= TURN_BUDGET_NS) and not plan.by_fork:
+            plan.freeze()
+            self._deferred.append(launch)
+        else:
+            self._clone(launch)
+        if not self._turn_follows:
+            self._turn_follows = True
+            loop.call_soon(self._turn)
+        return launch
+
+    def _clone(self, launch: Launch) -> None:
+        begin = time.monotonic_ns()
+        launch.clone()
+        self._spent_ns += time.monotonic_ns() - begin
+
+    def _turn(self) -> None:
+        self._spent_ns = 0
+        while self._deferred and self._spent_ns < TURN_BUDGET_NS:
+            self._clone(self._deferred.popleft())
+        self._turn_follows = self._spent_ns > 0
+        if self._turn_follows:
+            self.loop.call_soon(self._turn)
+
+    def look_after(self, launch: Launch) -> None:
+        """Examine the launch now and then, until its exec."""
+        self._in_flight.add(launch)
+        if self._backstop is None:
+            self._backstop = self.loop.call_later(_BACKSTOP, self._look)
+
+    def _look(self) -> None:
+        for launch in list(self._in_flight):
+            if launch.examine():
+                self._in_flight.discard(launch)
+        self._backstop = None
+        if self._in_flight:
+            self._backstop = self.loop.call_later(_BACKSTOP, self._look)
+
+    def remove_reader(self, descriptor: int) -> None:
+        """As the loop's, and nothing in a forked copy or when the loop is closed."""
+        loop = self._loop()
+        if loop is not None and not loop.is_closed() and self._owner == os.getpid():
+            loop.remove_reader(descriptor)
+
+
+_launchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Launcher] = (
+    weakref.WeakKeyDictionary()
+)

@@ -1,0 +1,479 @@
+"""From Popen-style arguments to a child: what is checked, opened and fixed before the clone."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import grp
+import operator
+import os
+import pwd
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any, Final, NamedTuple, TypeAlias, TypedDict
+
+from aioreap import _clone, kernel
+
+StrOrBytesPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Stdio: TypeAlias = int | IO[Any] | None
+
+
+class Options(TypedDict, total=False):
+    """What create_subprocess_exec and all that is like it take by keyword.
+
+    Those up to ``preexec_fn`` are subprocess.Popen's, with its meaning, its
+    defaults and its errors. ``preexec_fn`` takes that one spawn through
+    subprocess.Popen, which holds the event loop until the program has started.
+    ``user``, ``group``, ``extra_groups`` and ``cgroup`` make the kernel copy the
+    page tables of this process (some 20 ms per GiB of heap) instead of sharing
+    its memory with the child until it runs the program.
+
+    autoreap: True demands CLONE_AUTOREAP (Linux 7.1), False does without it, for
+        a program that itself clones with CLONE_PARENT. None takes what there is.
+    no_new_privs: set the child's no_new_privs: it can gain no privilege by exec.
+    cgroup: the cgroup v2 that the child starts in, as the path or a descriptor of
+        its directory.
+    """
+
+    cwd: StrOrBytesPath | None
+    env: Mapping[str, str] | Mapping[bytes, bytes] | Mapping[Any, Any] | None
+    executable: StrOrBytesPath | None
+    close_fds: bool
+    pass_fds: Iterable[int]
+    restore_signals: bool
+    start_new_session: bool
+    process_group: int | None
+    user: str | int | None
+    group: str | int | None
+    extra_groups: Iterable[str | int] | None
+    umask: int
+    pipesize: int
+    preexec_fn: Callable[[], object] | None
+    startupinfo: None
+    creationflags: int
+    autoreap: bool | None
+    no_new_privs: bool
+    cgroup: StrOrBytesPath | int | None
+
+
+class Spawned(NamedTuple):
+    """A child that was just made."""
+
+    pid: int
+    pidfd: int
+    reap: bool  # whether it has to be waited for
+    started_ns: int
+    pipe: int = -1
+    block: _clone.Block | None = None  # None: it has exec'ed already
+    shares_memory: bool = False
+    closes_descriptors: bool = True
+
+    def holds_descriptors(self) -> bool:
+        """Whether the child may still hold copies of all descriptors of this process."""
+        if self not in in_flight or self.block is None:
+            return False
+        sees_steps = self.shares_memory and self.closes_descriptors
+        return not sees_steps or _clone.step(self.block) <= _clone.STEP_DESCRIPTORS
+
+
+# What is between its clone and its exec, in all threads; nothing in a forked copy.
+in_flight: set[Spawned] = set()
+os.register_at_fork(after_in_child=in_flight.clear)
+
+# A forked copy of the program that holds the exec pipe's other end would keep
+# it from reaching EOF, which is all that tells of the exec of a child with
+# memory of its own.
+_fork_lock = threading.RLock()
+
+
+def _after_fork_in_child() -> None:
+    global _fork_lock
+    _fork_lock = threading.RLock()
+
+
+os.register_at_fork(
+    before=lambda: _fork_lock.acquire(),
+    after_in_parent=lambda: _fork_lock.release(),
+    after_in_child=_after_fork_in_child,
+)
+
+_PIPE_ENDS: Final = {0: (0, 1), 1: (1, 0), 2: (1, 0)}  # (child's, parent's) of os.pipe()
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _number_of(what: str, name: str | int, look_up: Callable[[str], int]) -> int:
+    if isinstance(name, str):
+        return look_up(name)
+    if not isinstance(name, int):
+        raise TypeError(f"{what} must be a string or an integer, not {type(name)}")
+    if name < 0:
+        raise ValueError(f"{what} ID cannot be negative, got {name}")
+    if name >= 2**32 - 1:
+        raise OverflowError(f"{what.lower()} ID is greater than maximum")
+    return name
+
+
+def _group_number(name: str) -> int:
+    return grp.getgrnam(name).gr_gid
+
+
+def _user_number(name: str) -> int:
+    return pwd.getpwnam(name).pw_uid
+
+
+def _environment(env: Mapping[Any, Any]) -> tuple[bytes, ...]:
+    variables = []
+    for key, value in env.items():
+        name = os.fsencode(key)
+        if b"=" in name:
+            raise ValueError("illegal environment variable name")
+        variables.append(name + b"=" + os.fsencode(value))
+    return tuple(variables)
+
+
+def _current_umask() -> int:
+    """This process's umask, read without setting it (Linux 4.7), or -1."""
+    try:
+        with open("/proc/self/status", "rb") as status:
+            for line in status:
+                if line.startswith(b"Umask:"):
+                    return int(line.split()[1], 8)
+    except OSError:
+        pass
+    return -1
+
+
+@dataclass(slots=True)
+class SpawnPlan:
+    """All that a spawn needs, checked and encoded; the owner of its descriptors.
+
+    Made by ``SpawnPlan.of``. ``pipes`` are the parent's ends by the child's
+    descriptor; all others are closed by close().
+    """
+
+    arguments: list[Any]
+    program: Any  # as the caller named it, for errors
+    options: Options
+    argv: tuple[bytes, ...]
+    paths: tuple[bytes, ...]
+    envp: tuple[bytes, ...] | None
+    cwd: bytes | None
+    cwd_descriptor: int = -1
+    close_fds: bool = True
+    restore_signals: bool = True
+    new_session: bool = False
+    process_group: int = -1
+    no_new_privs: bool = False
+    umask: int = -1
+    uid: int = -1
+    gid: int = -1
+    groups: tuple[int, ...] | None = None
+    cgroup: int = -1
+    descriptors: list[tuple[int, int]] = field(default_factory=list)
+    pipes: dict[int, int] = field(default_factory=dict)
+    _own: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        command: Sequence[Any],
+        *,
+        shell: bool,
+        stdin: Stdio,
+        stdout: Stdio,
+        stderr: Stdio,
+        options: Options,
+    ) -> SpawnPlan:
+        """Check and encode the arguments, raise the audit event, and open the descriptors.
+
+        Raises:
+            TypeError, ValueError, LookupError: as subprocess.Popen does.
+            OSError: a descriptor cannot be opened or does not exist.
+        """
+        unknown = options.keys() - Options.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"got an unexpected keyword argument {sorted(unknown)[0]!r}")
+        plan = cls._encode(command, shell, options)
+        plan._check(options)
+        try:
+            plan._open(stdin, stdout, stderr, options)
+        except BaseException:
+            plan.close()
+            plan.close_pipes()
+            raise
+        return plan
+
+    @classmethod
+    def _encode(cls, command: Sequence[Any], shell: bool, options: Options) -> SpawnPlan:
+        arguments = list(command)
+        executable = options.get("executable")
+        if shell:
+            arguments = ["/bin/sh", "-c", *arguments]
+            if executable:
+                arguments[0] = executable
+        program = arguments[0] if executable is None else executable
+        cwd, env = options.get("cwd"), options.get("env")
+        sys.audit("subprocess.Popen", program, arguments, cwd, env)
+
+        envp = None if env is None else _environment(env)
+        path = os.fsencode(program)
+        if os.path.dirname(path):
+            paths: tuple[bytes, ...] = (path,)
+        else:
+            paths = tuple(os.path.join(os.fsencode(d), path) for d in os.get_exec_path(env))
+        return cls(
+            arguments=arguments,
+            program=program,
+            options=options,
+            argv=tuple(map(os.fsencode, arguments)),
+            paths=paths,
+            envp=envp,
+            cwd=None if cwd is None else os.fsencode(cwd),
+        )
+
+    def _check(self, options: Options) -> None:
+        if options.get("startupinfo") is not None:
+            raise ValueError("startupinfo is only supported on Windows platforms")
+        if options.get("creationflags", 0) != 0:
+            raise ValueError("creationflags is only supported on Windows platforms")
+        for string in (*self.argv, *(self.envp or ()), self.cwd or b""):
+            if b"\0" in string:
+                raise ValueError("embedded null byte")
+        self.close_fds = bool(options.get("close_fds", True))
+        self.restore_signals = bool(options.get("restore_signals", True))
+        self.new_session = bool(options.get("start_new_session", False))
+        self.no_new_privs = bool(options.get("no_new_privs", False))
+        self.umask = operator.index(options.get("umask", -1))
+        process_group = options.get("process_group")
+        if process_group is not None:
+            self.process_group = operator.index(process_group)
+            if self.process_group < 0:
+                raise ValueError(f"process_group cannot be negative, got {process_group}")
+        user, group, extra_groups = (options.get(n) for n in ("user", "group", "extra_groups"))
+        if group is not None:
+            self.gid = _number_of("Group", group, _group_number)
+        if extra_groups is not None:
+            if isinstance(extra_groups, str):
+                raise ValueError("Groups must be a list, not a string")
+            self.groups = tuple(
+                _number_of("Group", g, _group_number) for g in extra_groups
+            )
+        if user is not None:
+            self.uid = _number_of("User", user, _user_number)
+
+    def _open(self, stdin: Stdio, stdout: Stdio, stderr: Stdio, options: Options) -> None:
+        passed = {operator.index(d) for d in options.get("pass_fds", ())}
+        if any(d < 0 for d in passed):
+            raise ValueError("bad value(s) in fds_to_keep")
+        for descriptor in passed:
+            os.get_inheritable(descriptor)  # EBADF, while no descriptor of ours can have its number
+        if passed and not self.close_fds:
+            warnings.warn("pass_fds overriding close_fds.", RuntimeWarning, stacklevel=2)
+            self.close_fds = True
+        cgroup = options.get("cgroup")
+        if cgroup is not None:
+            self.cgroup = cgroup if isinstance(cgroup, int) else self._keep(
+                os.open(cgroup, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            )
+        if subprocess.STDOUT in (stdin, stdout):
+            raise ValueError("STDOUT can only be used for stderr")
+        stdio: dict[int, int] = {}
+        null = -1
+        for target, given in enumerate((stdin, stdout, stderr)):
+            if given is None:
+                continue
+            if given == subprocess.PIPE:
+                stdio[target] = self._open_pipe(target, options.get("pipesize", -1))
+            elif given == subprocess.DEVNULL:
+                if null < 0:
+                    null = self._keep(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+                stdio[target] = null
+            elif given == subprocess.STDOUT:
+                stdio[target] = stdio[1] if 1 in stdio else sys.__stdout__.fileno()  # type: ignore[union-attr]
+            else:
+                stdio[target] = given if isinstance(given, int) else given.fileno()
+        self.descriptors = [(source, target) for target, source in stdio.items()]
+        self.descriptors += [(d, d) for d in passed if d not in stdio]
+
+    def _keep(self, descriptor: int) -> int:
+        self._own.append(descriptor)
+        return descriptor
+
+    def _open_pipe(self, target: int, size: int) -> int:
+        ends = os.pipe()
+        child, parent = _PIPE_ENDS[target]
+        self._own.append(ends[child])
+        self.pipes[target] = ends[parent]
+        if size > 0:
+            fcntl.fcntl(ends[parent], fcntl.F_SETPIPE_SZ, size)
+        return ends[child]
+
+    def freeze(self) -> None:
+        """Make the plan independent of what this process does before it is carried out.
+
+        The environment, the working directory, the umask and all descriptors
+        named or inherited as 0 to 2 are kept as they are now. (With
+        close_fds=False, other inheritable descriptors are not.)
+        """
+        if self.envp is None:
+            self.envp = tuple(k + b"=" + v for k, v in os.environb.items())
+        self.cwd_descriptor = self._keep(os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        if self.umask < 0:
+            self.umask = _current_umask()
+        targets = {target for _, target in self.descriptors}
+        for target in {0, 1, 2} - targets:
+            try:
+                inherited = os.get_inheritable(target)
+            except OSError:
+                continue
+            if inherited:
+                self.descriptors.append((target, target))
+        copies: dict[int, int] = {}
+        for source, _ in self.descriptors:
+            if source not in copies and source not in self._own:
+                copies[source] = self._keep(fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, 3))
+        self.descriptors = [(copies.get(source, source), target) for source, target in self.descriptors]
+        if self.cgroup >= 0 and self.cgroup not in self._own:
+            self.cgroup = self._keep(fcntl.fcntl(self.cgroup, fcntl.F_DUPFD_CLOEXEC, 3))
+
+    def close(self) -> None:
+        """Close the child's ends and all else that only the clone needs."""
+        _close(self._own)
+        self._own.clear()
+
+    def close_pipes(self) -> None:
+        """Close the parent's ends that nobody has taken."""
+        _close(self.pipes.values())
+        self.pipes.clear()
+
+    @property
+    def by_fork(self) -> bool:
+        """Whether subprocess.Popen makes the child, on the loop's thread and time."""
+        return kernel.backend().name == "popen" or self.options.get("preexec_fn") is not None
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the child may use this process's memory until its exec.
+
+        A change of uid or gid would clear this process's dumpable flag for good,
+        and in another cgroup an OOM kill would take all that share the memory.
+        """
+        changes_credentials = self.uid >= 0 or self.gid >= 0 or self.groups is not None
+        return bool(_clone.CAN_SHARE_MEMORY) and not changes_credentials and self.cgroup < 0
+
+    def clone(self) -> Spawned:
+        """Make the child, in the best way that the kernel permits now.
+
+        Raises:
+            OSError: there is no child, as the clone failed (EAGAIN, ENOMEM, EMFILE)
+                or the kernel lacks what was asked for (ENOSYS).
+        """
+        from aioreap import forking
+
+        backend = kernel.backend()
+        autoreap = self._wants_autoreap(backend)
+        if self.by_fork:
+            return forking.spawn(self)
+        refused: OSError | None = None
+        for legacy, share, reaped in self._rungs(backend, autoreap):
+            try:
+                return self._clone(backend, legacy=legacy, share=share, autoreap=reaped)
+            except OSError as error:
+                if error.errno not in kernel.REFUSALS:
+                    raise
+                refused = refused or error
+        if self.options.get("autoreap") or "AIOREAP_BACKEND" in os.environ:
+            raise refused or OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        return forking.spawn(self)
+
+    def _wants_autoreap(self, backend: kernel.Backend) -> bool:
+        asked = self.options.get("autoreap")
+        if asked and backend.name != "autoreap":
+            raise OSError(
+                errno.ENOSYS, f"autoreap=True needs backend autoreap; this is {backend.name}: {backend.reason}"
+            )
+        return backend.name == "autoreap" and asked is not False
+
+    def _rungs(self, backend: kernel.Backend, autoreap: bool) -> list[tuple[bool, bool, bool]]:
+        """What to try one after the other, as (legacy clone, shared memory, autoreap)."""
+        rungs = []
+        if not backend.legacy_clone:
+            rungs.append((False, self.shares_memory, autoreap))
+        if not self.options.get("autoreap"):
+            rungs.append((True, self.shares_memory, False))
+            rungs.append((True, False, False))
+        return rungs
+
+    def _clone(self, backend: kernel.Backend, *, legacy: bool, share: bool, autoreap: bool) -> Spawned:
+        features = backend.features
+        flags = kernel.CLONE_PIDFD
+        no_new_privs, cgroup_procs = self.no_new_privs, -1
+        if share:
+            flags |= kernel.CLONE_VM
+        if autoreap:
+            flags |= kernel.CLONE_AUTOREAP
+            if no_new_privs:
+                flags |= kernel.CLONE_NNP
+                no_new_privs = False
+        if not legacy and features["clear_sighand"].available:
+            flags |= kernel.CLONE_CLEAR_SIGHAND
+        if self.cgroup >= 0:
+            if not legacy and features["into_cgroup"].available:
+                flags |= kernel.CLONE_INTO_CGROUP
+            else:
+                cgroup_procs = self.open_cgroup_procs()
+        started_ns = time.monotonic_ns()
+        with _fork_lock:
+            pid, pidfd, pipe, block = _clone.spawn(
+                self.paths,
+                self.argv,
+                self.envp,
+                self.cwd,
+                self.cwd_descriptor,
+                tuple(self.descriptors),
+                self.close_fds,
+                self.restore_signals,
+                self.new_session,
+                self.process_group,
+                no_new_privs,
+                self.umask,
+                self.uid,
+                self.gid,
+                self.groups,
+                flags,
+                0 if autoreap else signal.SIGCHLD,
+                legacy,
+                self.cgroup,
+                cgroup_procs,
+            )
+        spawned = Spawned(pid, pidfd, not autoreap, started_ns, pipe, block, share, self.close_fds)
+        in_flight.add(spawned)
+        return spawned
+
+    def open_cgroup_procs(self) -> int:
+        """cgroup.procs of the cgroup asked for, open for writing until close()."""
+        flags = os.O_WRONLY | os.O_CLOEXEC
+        return self._keep(os.open("cgroup.procs", flags, dir_fd=self.cgroup))
+
+    def error_for(self, step: int, error: int) -> Exception:
+        """What subprocess.Popen raises for a child that failed before or in its exec."""
+        if not error:
+            return subprocess.SubprocessError(
+                f"the child was killed before it could run {self.program!r}"
+            )
+        message = os.strerror(error)
+        if step == _clone.STEP_EXEC:
+            return OSError(error, message, self.program)
+        if step == _clone.STEP_CHDIR and self.cwd is not None:
+            return OSError(error, message, self.options.get("cwd"))
+        return OSError(error, message)
