@@ -102,13 +102,13 @@ class Child:
 
     def abandon(self) -> None:
         """Kill the child, with a ResourceWarning: its loop is closed, or about to be."""
+        self.destroy()  # first: the warning may be an exception
         warnings.warn(
             f"child {self.pid} still ran when its event loop was closed; it is killed",
             ResourceWarning,
             stacklevel=2,
             source=self,
         )
-        self.destroy()
 
     def add_exit_callback(self, callback: Callable[[Child], object]) -> None:
         """Have `callback(child)` called once, from the loop, when exit_info is there.

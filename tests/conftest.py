@@ -1,0 +1,123 @@
+"""Every asynchronous test runs over both loops and every backend that this kernel offers."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from aioreap import kernel
+
+_LOOPS: Mapping[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.SelectorEventLoop,
+    "uvloop": uvloop.new_event_loop,
+}
+
+
+def backends_of_this_kernel() -> list[str]:
+    """The names that AIOREAP_BACKEND can take here."""
+    features = kernel._probe()
+    return [name for name in ("autoreap", "pidfd", "popen") if not kernel._missing(name, features)]
+
+
+# libuv opens a pipe for itself at its first loop, and keeps it.
+uvloop.new_event_loop().close()
+
+BACKENDS = backends_of_this_kernel()
+
+
+def force_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Have `name` in force, as if AIOREAP_BACKEND had been set before the start."""
+    monkeypatch.setenv("AIOREAP_BACKEND", name)
+    monkeypatch.setattr(kernel, "_backend", None)
+    assert kernel.backend().name == name
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    return _LOOPS
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "main_thread: needs Python's main thread, as signal.signal() does")
+    config.addinivalue_line("markers", "any_backend: does not depend on the backend; runs on one")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        skipped = [item for item in items if item.get_closest_marker("main_thread")]
+        config.hook.pytest_deselected(items=skipped)
+        items[:] = [item for item in items if item not in skipped]
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    where = "the main thread" if threading.current_thread() is threading.main_thread() else "another thread"
+    return f"aioreap: backends {', '.join(BACKENDS)} on Linux {os.uname().release}, in {where}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        names = BACKENDS[:1] if metafunc.definition.get_closest_marker("any_backend") else BACKENDS
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the backend in force for this test."""
+    force_backend(monkeypatch, request.param)
+    return str(request.param)
+
+
+def open_descriptors() -> dict[int, str]:
+    """What this process has open, by number."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:  # that of the listing itself
+            continue
+    return found
+
+
+def blocks_mapped() -> int:
+    """How many guard pages of spawn blocks there are: PROT_NONE, one page, unnamed."""
+    page = os.sysconf("SC_PAGESIZE")
+    count = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split()
+        begin, end = (int(part, 16) for part in fields[0].split("-"))
+        count += fields[1] == "---p" and end - begin == page and len(fields) == 5
+    return count
+
+
+def children() -> list[int]:
+    """The pids of this process's children, zombies included, of all its threads."""
+    found: list[int] = []
+    for task in Path("/proc/self/task").iterdir():
+        found += map(int, (task / "children").read_text().split())
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(backend: str) -> Iterator[None]:
+    """After each test: no child, no descriptor and no block more than before."""
+    gc.collect()
+    before, blocks, family = open_descriptors(), blocks_mapped(), children()
+    yield
+    gc.collect()
+    left = {n: what for n, what in open_descriptors().items() if n not in before}
+    strangers = [pid for pid in children() if pid not in family]
+    for pid in strangers:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert not strangers, f"children left: {strangers}"
+    assert not left, f"descriptors left: {left}"
+    assert blocks_mapped() <= blocks
