@@ -45,6 +45,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "UvloopEventLoop":  # it imports uvloop, which is optional
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from aioreap import loop
+    from aioreap import loop  # noqa: PLC0415
 
     return loop.UvloopEventLoop

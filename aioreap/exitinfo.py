@@ -9,7 +9,7 @@ from dataclasses import dataclass
 __all__ = ["ExitInfo", "ExitStatusLost"]
 
 
-class ExitStatusLost(ChildProcessError):
+class ExitStatusLost(ChildProcessError):  # noqa: N818 - a state more than an error
     """Nobody can know any more how the child ended.
 
     Another part of the program reaped it (``waitpid(-1)``, or SIGCHLD set to

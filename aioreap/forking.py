@@ -11,14 +11,13 @@ import os
 import socket
 import struct
 import subprocess
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from aioreap import _clone
 
 if TYPE_CHECKING:
-    from aioreap.spawn import SpawnPlan, Spawned
+    from aioreap.spawn import SpawnPlan
 
 _FAILURE: Final = struct.Struct("ii")  # step, errno; (0, 0) comes with the pidfd
 
@@ -65,7 +64,7 @@ def _popen_arguments(plan: SpawnPlan) -> dict[str, Any]:
         "stdout": sources.get(1),
         "stderr": sources.get(2),
         "close_fds": plan.close_fds,
-        "pass_fds": [target for _, target in plan.descriptors if target > 2],
+        "pass_fds": [target for _, target in plan.descriptors if target not in (0, 1, 2)],
         "cwd": cwd,
         "env": None if plan.envp is None else dict(v.split(b"=", 1) for v in plan.envp),
         "restore_signals": plan.restore_signals,
@@ -78,15 +77,12 @@ def _popen_arguments(plan: SpawnPlan) -> dict[str, Any]:
     }
 
 
-def spawn(plan: SpawnPlan) -> Spawned:
-    """Make the child as SpawnPlan.clone() does; returns when its program has started.
+def spawn(plan: SpawnPlan) -> tuple[int, int]:
+    """Make the child of SpawnPlan.clone(), and return its pid and pidfd when its program runs.
 
     Raises:
         OSError, subprocess.SubprocessError: as subprocess.Popen; there is no child.
     """
-    from aioreap.spawn import Spawned
-
-    started_ns = time.monotonic_ns()
     cgroup_procs = plan.open_cgroup_procs() if plan.cgroup >= 0 else -1
     ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
     with ours, theirs:
@@ -102,7 +98,7 @@ def spawn(plan: SpawnPlan) -> Spawned:
             raise
         _, (pidfd,), _, _ = socket.recv_fds(ours, _FAILURE.size, 1, socket.MSG_DONTWAIT)
         os.set_inheritable(pidfd, False)
-    return Spawned(process.pid, pidfd, reap=True, started_ns=started_ns)
+    return process.pid, pidfd
 
 
 def _raise_reported(plan: SpawnPlan, channel: socket.socket) -> None:

@@ -24,7 +24,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, cast
 
 from aioreap import _clone
 
@@ -49,9 +49,12 @@ _PIDFD_GET_INFO_VER3: Final = 0xC058FF0B
 
 # A call that a filter or an older kernel refuses; what else can be tried is tried then.
 REFUSALS: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EINVAL})
-_ASK_AGAIN_LATER: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.EINTR})
+_ASK_AGAIN_LATER: Final = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.EINTR}
+)
 
 BackendName = Literal["autoreap", "pidfd", "popen"]
+_FORCED: Final = "AIOREAP_BACKEND says so"
 
 
 class ExitStatus(NamedTuple):
@@ -147,6 +150,11 @@ class Backend:
     features: Mapping[str, Feature]
 
     @property
+    def forced(self) -> bool:
+        """Whether it is AIOREAP_BACKEND that chose it; then nothing else is fallen back to."""
+        return self.reason == _FORCED
+
+    @property
     def legacy_clone(self) -> bool:
         """Whether clone3 cannot be used, but clone can."""
         return not self.features["clone3"].available
@@ -158,7 +166,9 @@ def _answer(error: int) -> Feature:
     if error in (0, errno.EFAULT):
         return Feature(True, "yes")
     name = errno.errorcode.get(error, str(error))
-    why = "unknown to this kernel" if error == errno.EINVAL else "no such call, or hidden by a filter"
+    why = (
+        "unknown to this kernel" if error == errno.EINVAL else "no such call, or hidden by a filter"
+    )
     return Feature(False, f"no ({name}: {why})")
 
 
@@ -170,7 +180,7 @@ def _errno_of(call: Callable[[], object]) -> int:
     return 0
 
 
-def _clone_feature(flags: int, legacy: bool = False) -> Feature:
+def _clone_feature(flags: int, *, legacy: bool = False) -> Feature:
     return _answer(_clone.probe(flags, legacy))
 
 
@@ -183,10 +193,14 @@ def _exit_info_feature(pidfd: int) -> Feature:
         return _answer(error.errno or 0)
     mask, supported = _PIDFD_INFO_VER3.unpack(info)
     if mask & PIDFD_INFO_SUPPORTED_MASK:
-        return Feature(bool(supported & PIDFD_INFO_EXIT), "yes" if supported & PIDFD_INFO_EXIT else "no")
+        return Feature(
+            bool(supported & PIDFD_INFO_EXIT), "yes" if supported & PIDFD_INFO_EXIT else "no"
+        )
     if mask & PIDFD_INFO_COREDUMP:
         return Feature(True, "yes (PIDFD_INFO_COREDUMP is known, and came later)")
-    return Feature(False, "unknown (the kernel does not say what it supports; none before Linux 6.15)")
+    return Feature(
+        False, "unknown (the kernel does not say what it supports; none before Linux 6.15)"
+    )
 
 
 def _probe() -> dict[str, Feature]:
@@ -199,11 +213,15 @@ def _probe() -> dict[str, Feature]:
     except OSError as error:
         features["pidfd_open"] = _answer(error.errno or 0)
         no_pidfd = Feature(False, "not asked (needs pidfd_open)")
-        features.update(dict.fromkeys(("pidfd_send_signal", "pidfd_get_info", "exit_info"), no_pidfd))
+        features.update(
+            dict.fromkeys(("pidfd_send_signal", "pidfd_get_info", "exit_info"), no_pidfd)
+        )
     else:
         try:
             features["pidfd_open"] = Feature(True, "yes")
-            features["pidfd_send_signal"] = _answer(_errno_of(lambda: signal.pidfd_send_signal(own, 0)))
+            features["pidfd_send_signal"] = _answer(
+                _errno_of(lambda: signal.pidfd_send_signal(own, 0))
+            )
             features["pidfd_get_info"] = _answer(_errno_of(lambda: _pidfd_info(own)))
             features["exit_info"] = _exit_info_feature(own)
         finally:
@@ -253,13 +271,13 @@ def _choose(features: Mapping[str, Feature]) -> tuple[BackendName, str]:
         missing = _missing(forced, features)
         if missing is not None:
             raise OSError(errno.ENOSYS, f"AIOREAP_BACKEND={forced} cannot be had here; {missing}")
-        return forced, "AIOREAP_BACKEND says so"
+        return cast("BackendName", forced), _FORCED
     lacks_autoreap = _missing("autoreap", features)
     tracer = _tracer_pid()
     if lacks_autoreap is None and not tracer:
         return "autoreap", "this kernel has CLONE_AUTOREAP"
     if lacks_autoreap is None:
-        why = f"process {tracer} traces this one, and debuggers take an auto-reaped child for a thread"
+        why = f"process {tracer} traces this one, and would take an auto-reaped child for a thread"
     else:
         why = f"no CLONE_AUTOREAP ({lacks_autoreap})"
     if _missing("pidfd", features) is None:

@@ -124,7 +124,7 @@ class Launch:
             return
         try:
             self._clone()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - started() raises it
             if isinstance(error, OSError) and error.errno == errno.ETXTBSY and not self._retried:
                 self._retry(set(spawn.in_flight))
             else:
@@ -133,9 +133,7 @@ class Launch:
     def _clone(self) -> None:
         reap_orphans()
         spawned = self._plan.clone()
-        child = Child(
-            spawned.pid, spawned.pidfd, reap=spawned.reap, started_ns=spawned.started_ns
-        )
+        child = Child(spawned.pid, spawned.pidfd, reap=spawned.reap, started_ns=spawned.started_ns)
         self.child, self._spawned, self._pipe = child, spawned, spawned.pipe
         try:
             self._launcher.watcher.watch(child)
@@ -270,6 +268,7 @@ class Launcher:
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop; RuntimeError if it is closed."""
         loop = self._loop()
         if loop is None or loop.is_closed():
             raise RuntimeError("Event loop is closed")

@@ -42,7 +42,7 @@ class EventLoop(_Subprocesses, asyncio.SelectorEventLoop):
 if TYPE_CHECKING:
     import uvloop
 
-    class UvloopEventLoop(_Subprocesses, uvloop.Loop):
+    class UvloopEventLoop(_Subprocesses, uvloop.Loop):  # type: ignore[misc]
         """uvloop's event loop with aioreap's children; needs the extra ``uvloop``."""
 
 else:
@@ -51,7 +51,7 @@ else:
         # Made when it is first asked for, as uvloop is optional.
         if name != "UvloopEventLoop":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        import uvloop
+        import uvloop  # noqa: PLC0415
 
         doc = "uvloop's event loop with aioreap's children; needs the extra ``uvloop``."
         attributes = {"__module__": __name__, "__doc__": doc}

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar, Unpack, cast
 
 from aioreap.exitinfo import ExitInfo
-from aioreap.spawn import Options, SpawnPlan, Stdio, StrOrBytesPath
+from aioreap.options import Options, Stdio, StrOrBytesPath
+from aioreap.spawn import SpawnPlan
 from aioreap.transport import SubprocessTransport
 
 __all__ = [
@@ -116,7 +117,7 @@ async def subprocess_shell(
 ) -> tuple[SubprocessTransport, _ProtocolT]:
     """``loop.subprocess_shell()`` for any loop with ``add_reader``; `options` as in Options."""
     if not isinstance(cmd, (bytes, str)):
-        raise ValueError("cmd must be a string")
+        raise ValueError("cmd must be a string")  # noqa: TRY004 - as asyncio
     return await _open(
         loop,
         protocol_factory,
@@ -182,10 +183,7 @@ class _StreamProtocol(asyncio.subprocess.SubprocessStreamProtocol):
             while not self._readers.keys() <= self._ended.keys():
                 self._waiter = self._event_loop.create_future()
                 await self._waiter
-            for fd in self._readers:
-                exc = self._ended[fd]
-                if exc is not None:
-                    raise exc
+            self._raise_lost()
         except BaseException:
             for fd, reader in self._readers.items():
                 reader.feed_data(b"".join(self._collected[fd]))
@@ -194,6 +192,12 @@ class _StreamProtocol(asyncio.subprocess.SubprocessStreamProtocol):
         output = {fd: b"".join(chunks) for fd, chunks in self._collected.items()}
         self._give_back()
         return output.get(1), output.get(2)
+
+    def _raise_lost(self) -> None:
+        for fd in self._readers:
+            exc = self._ended[fd]
+            if exc is not None:
+                raise exc
 
     def _give_back(self) -> None:
         for fd, reader in self._readers.items():
@@ -262,8 +266,9 @@ class Process(asyncio.subprocess.Process):
         return await self._transport.wait_exit()
 
     async def communicate(
-        self, input: bytes | bytearray | memoryview | None = None  # noqa: A002 - asyncio's name
-    ) -> tuple[bytes | None, bytes | None]:
+        self,
+        input: bytes | bytearray | memoryview | None = None,  # noqa: A002 - asyncio's name
+    ) -> tuple[bytes, bytes]:
         """Send `input` to stdin, close it, read stdout and stderr to their ends, and wait.
 
         Returns what was read, None for a stream that is no pipe. A child that
@@ -281,9 +286,9 @@ class Process(asyncio.subprocess.Process):
                 if input is not None:
                     self.stdin.write(input)
             self.stdin.close()
-        stdout, stderr = await self._protocol.collect()
+        output = await self._protocol.collect()
         await self.wait()
-        return stdout, stderr
+        return cast("tuple[bytes, bytes]", output)  # as typeshed has it
 
 
 async def _create(

@@ -4,62 +4,21 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import grp
 import operator
 import os
-import pwd
 import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, Final, NamedTuple, TypeAlias, TypedDict
+from typing import IO, Any, Final, NamedTuple
 
-from aioreap import _clone, kernel
-
-StrOrBytesPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-Stdio: TypeAlias = int | IO[Any] | None
-
-
-class Options(TypedDict, total=False):
-    """What create_subprocess_exec and all that is like it take by keyword.
-
-    Those up to ``preexec_fn`` are subprocess.Popen's, with its meaning, its
-    defaults and its errors. ``preexec_fn`` takes that one spawn through
-    subprocess.Popen, which holds the event loop until the program has started.
-    ``user``, ``group``, ``extra_groups`` and ``cgroup`` make the kernel copy the
-    page tables of this process (some 20 ms per GiB of heap) instead of sharing
-    its memory with the child until it runs the program.
-
-    autoreap: True demands CLONE_AUTOREAP (Linux 7.1), False does without it, for
-        a program that itself clones with CLONE_PARENT. None takes what there is.
-    no_new_privs: set the child's no_new_privs: it can gain no privilege by exec.
-    cgroup: the cgroup v2 that the child starts in, as the path or a descriptor of
-        its directory.
-    """
-
-    cwd: StrOrBytesPath | None
-    env: Mapping[str, str] | Mapping[bytes, bytes] | Mapping[Any, Any] | None
-    executable: StrOrBytesPath | None
-    close_fds: bool
-    pass_fds: Iterable[int]
-    restore_signals: bool
-    start_new_session: bool
-    process_group: int | None
-    user: str | int | None
-    group: str | int | None
-    extra_groups: Iterable[str | int] | None
-    umask: int
-    pipesize: int
-    preexec_fn: Callable[[], object] | None
-    startupinfo: None
-    creationflags: int
-    autoreap: bool | None
-    no_new_privs: bool
-    cgroup: StrOrBytesPath | int | None
+from aioreap import _clone, forking, kernel
+from aioreap.options import Options, Stdio, environment, group_id, user_id
 
 
 class Spawned(NamedTuple):
@@ -92,53 +51,30 @@ os.register_at_fork(after_in_child=in_flight.clear)
 _fork_lock = threading.RLock()
 
 
-def _after_fork_in_child() -> None:
-    global _fork_lock
-    _fork_lock = threading.RLock()
-
-
 os.register_at_fork(
-    before=lambda: _fork_lock.acquire(),
-    after_in_parent=lambda: _fork_lock.release(),
-    after_in_child=_after_fork_in_child,
+    before=_fork_lock.acquire,
+    after_in_parent=_fork_lock.release,
+    after_in_child=_fork_lock.release,
 )
+
+# Plans whose descriptors are open. A forked copy of the program closes its
+# copies: a pipe of ours that it held would not reach EOF before its own end.
+_open_plans: weakref.WeakSet[SpawnPlan] = weakref.WeakSet()
+
+
+def _close_plans() -> None:
+    for plan in list(_open_plans):
+        plan.close()
+        plan.close_pipes()
+
+
+os.register_at_fork(after_in_child=_close_plans)
 
 _PIPE_ENDS: Final = {0: (0, 1), 1: (1, 0), 2: (1, 0)}  # (child's, parent's) of os.pipe()
 
 
-def _close(descriptors: Iterable[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
-
-
-def _number_of(what: str, name: str | int, look_up: Callable[[str], int]) -> int:
-    if isinstance(name, str):
-        return look_up(name)
-    if not isinstance(name, int):
-        raise TypeError(f"{what} must be a string or an integer, not {type(name)}")
-    if name < 0:
-        raise ValueError(f"{what} ID cannot be negative, got {name}")
-    if name >= 2**32 - 1:
-        raise OverflowError(f"{what.lower()} ID is greater than maximum")
-    return name
-
-
-def _group_number(name: str) -> int:
-    return grp.getgrnam(name).gr_gid
-
-
-def _user_number(name: str) -> int:
-    return pwd.getpwnam(name).pw_uid
-
-
-def _environment(env: Mapping[Any, Any]) -> tuple[bytes, ...]:
-    variables = []
-    for key, value in env.items():
-        name = os.fsencode(key)
-        if b"=" in name:
-            raise ValueError("illegal environment variable name")
-        variables.append(name + b"=" + os.fsencode(value))
-    return tuple(variables)
+def _standard_output() -> int:
+    return 1 if sys.__stdout__ is None else sys.__stdout__.fileno()
 
 
 def _current_umask() -> int:
@@ -153,7 +89,7 @@ def _current_umask() -> int:
     return -1
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class SpawnPlan:
     """All that a spawn needs, checked and encoded; the owner of its descriptors.
 
@@ -202,9 +138,10 @@ class SpawnPlan:
         """
         unknown = options.keys() - Options.__annotations__.keys()
         if unknown:
-            raise TypeError(f"got an unexpected keyword argument {sorted(unknown)[0]!r}")
-        plan = cls._encode(command, shell, options)
+            raise TypeError(f"got an unexpected keyword argument {min(unknown)!r}")
+        plan = cls._encode(command, options, shell=shell)
         plan._check(options)
+        _open_plans.add(plan)
         try:
             plan._open(stdin, stdout, stderr, options)
         except BaseException:
@@ -214,7 +151,7 @@ class SpawnPlan:
         return plan
 
     @classmethod
-    def _encode(cls, command: Sequence[Any], shell: bool, options: Options) -> SpawnPlan:
+    def _encode(cls, command: Sequence[Any], options: Options, *, shell: bool) -> SpawnPlan:
         arguments = list(command)
         executable = options.get("executable")
         if shell:
@@ -225,12 +162,12 @@ class SpawnPlan:
         cwd, env = options.get("cwd"), options.get("env")
         sys.audit("subprocess.Popen", program, arguments, cwd, env)
 
-        envp = None if env is None else _environment(env)
+        envp = None if env is None else environment(env)
         path = os.fsencode(program)
         if os.path.dirname(path):
             paths: tuple[bytes, ...] = (path,)
         else:
-            paths = tuple(os.path.join(os.fsencode(d), path) for d in os.get_exec_path(env))
+            paths = tuple(os.path.join(os.fsencode(d), path) for d in os.get_exec_path(env))  # type: ignore[arg-type]
         return cls(
             arguments=arguments,
             program=program,
@@ -246,9 +183,8 @@ class SpawnPlan:
             raise ValueError("startupinfo is only supported on Windows platforms")
         if options.get("creationflags", 0) != 0:
             raise ValueError("creationflags is only supported on Windows platforms")
-        for string in (*self.argv, *(self.envp or ()), self.cwd or b""):
-            if b"\0" in string:
-                raise ValueError("embedded null byte")
+        if any(b"\0" in string for string in (*self.argv, *(self.envp or ()), self.cwd or b"")):
+            raise ValueError("embedded null byte")
         self.close_fds = bool(options.get("close_fds", True))
         self.restore_signals = bool(options.get("restore_signals", True))
         self.new_session = bool(options.get("start_new_session", False))
@@ -259,51 +195,50 @@ class SpawnPlan:
             self.process_group = operator.index(process_group)
             if self.process_group < 0:
                 raise ValueError(f"process_group cannot be negative, got {process_group}")
-        user, group, extra_groups = (options.get(n) for n in ("user", "group", "extra_groups"))
-        if group is not None:
-            self.gid = _number_of("Group", group, _group_number)
+        self._check_ids(options)
+
+    def _check_ids(self, options: Options) -> None:
+        if options.get("group") is not None:
+            self.gid = group_id(options["group"])
+        extra_groups = options.get("extra_groups")
+        if isinstance(extra_groups, str):
+            raise ValueError("Groups must be a list, not a string")  # noqa: TRY004 - as subprocess
         if extra_groups is not None:
-            if isinstance(extra_groups, str):
-                raise ValueError("Groups must be a list, not a string")
-            self.groups = tuple(
-                _number_of("Group", g, _group_number) for g in extra_groups
-            )
-        if user is not None:
-            self.uid = _number_of("User", user, _user_number)
+            self.groups = tuple(map(group_id, extra_groups))
+        if options.get("user") is not None:
+            self.uid = user_id(options["user"])
 
     def _open(self, stdin: Stdio, stdout: Stdio, stderr: Stdio, options: Options) -> None:
         passed = {operator.index(d) for d in options.get("pass_fds", ())}
         if any(d < 0 for d in passed):
             raise ValueError("bad value(s) in fds_to_keep")
         for descriptor in passed:
-            os.get_inheritable(descriptor)  # EBADF, while no descriptor of ours can have its number
+            os.get_inheritable(descriptor)  # EBADF, while none of ours can have its number
         if passed and not self.close_fds:
             warnings.warn("pass_fds overriding close_fds.", RuntimeWarning, stacklevel=2)
             self.close_fds = True
         cgroup = options.get("cgroup")
-        if cgroup is not None:
-            self.cgroup = cgroup if isinstance(cgroup, int) else self._keep(
-                os.open(cgroup, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            )
+        if isinstance(cgroup, int):
+            self.cgroup = cgroup
+        elif cgroup is not None:
+            self.cgroup = self._keep(os.open(cgroup, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         if subprocess.STDOUT in (stdin, stdout):
             raise ValueError("STDOUT can only be used for stderr")
         stdio: dict[int, int] = {}
-        null = -1
         for target, given in enumerate((stdin, stdout, stderr)):
-            if given is None:
-                continue
-            if given == subprocess.PIPE:
-                stdio[target] = self._open_pipe(target, options.get("pipesize", -1))
-            elif given == subprocess.DEVNULL:
-                if null < 0:
-                    null = self._keep(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
-                stdio[target] = null
-            elif given == subprocess.STDOUT:
-                stdio[target] = stdio[1] if 1 in stdio else sys.__stdout__.fileno()  # type: ignore[union-attr]
-            else:
-                stdio[target] = given if isinstance(given, int) else given.fileno()
+            if given == subprocess.STDOUT:
+                stdio[target] = stdio[1] if 1 in stdio else _standard_output()
+            elif given is not None:
+                stdio[target] = self._open_stdio(target, given, options)
         self.descriptors = [(source, target) for target, source in stdio.items()]
         self.descriptors += [(d, d) for d in passed if d not in stdio]
+
+    def _open_stdio(self, target: int, given: int | IO[Any], options: Options) -> int:
+        if given == subprocess.PIPE:
+            return self._open_pipe(target, options.get("pipesize", -1))
+        if given == subprocess.DEVNULL:
+            return self._keep(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+        return given if isinstance(given, int) else given.fileno()
 
     def _keep(self, descriptor: int) -> int:
         self._own.append(descriptor)
@@ -342,19 +277,21 @@ class SpawnPlan:
         for source, _ in self.descriptors:
             if source not in copies and source not in self._own:
                 copies[source] = self._keep(fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, 3))
-        self.descriptors = [(copies.get(source, source), target) for source, target in self.descriptors]
+        self.descriptors = [
+            (copies.get(source, source), target) for source, target in self.descriptors
+        ]
         if self.cgroup >= 0 and self.cgroup not in self._own:
             self.cgroup = self._keep(fcntl.fcntl(self.cgroup, fcntl.F_DUPFD_CLOEXEC, 3))
 
     def close(self) -> None:
         """Close the child's ends and all else that only the clone needs."""
-        _close(self._own)
-        self._own.clear()
+        while self._own:
+            os.close(self._own.pop())
 
     def close_pipes(self) -> None:
         """Close the parent's ends that nobody has taken."""
-        _close(self.pipes.values())
-        self.pipes.clear()
+        while self.pipes:
+            os.close(self.pipes.popitem()[1])
 
     @property
     def by_fork(self) -> bool:
@@ -378,43 +315,53 @@ class SpawnPlan:
             OSError: there is no child, as the clone failed (EAGAIN, ENOMEM, EMFILE)
                 or the kernel lacks what was asked for (ENOSYS).
         """
-        from aioreap import forking
-
         backend = kernel.backend()
         autoreap = self._wants_autoreap(backend)
         if self.by_fork:
-            return forking.spawn(self)
+            return self._fork()
         refused: OSError | None = None
-        for legacy, share, reaped in self._rungs(backend, autoreap):
+        for legacy, share, reaped in self._rungs(backend, autoreap=autoreap):
             try:
                 return self._clone(backend, legacy=legacy, share=share, autoreap=reaped)
             except OSError as error:
                 if error.errno not in kernel.REFUSALS:
                     raise
                 refused = refused or error
-        if self.options.get("autoreap") or "AIOREAP_BACKEND" in os.environ:
-            raise refused or OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-        return forking.spawn(self)
+        if refused is not None and (self.options.get("autoreap") or backend.forced):
+            raise refused
+        return self._fork()
+
+    def _fork(self) -> Spawned:
+        started_ns = time.monotonic_ns()
+        _open_plans.discard(self)  # this copy of the program needs its descriptors
+        pid, pidfd = forking.spawn(self)
+        return Spawned(pid, pidfd, reap=True, started_ns=started_ns)
 
     def _wants_autoreap(self, backend: kernel.Backend) -> bool:
         asked = self.options.get("autoreap")
         if asked and backend.name != "autoreap":
             raise OSError(
-                errno.ENOSYS, f"autoreap=True needs backend autoreap; this is {backend.name}: {backend.reason}"
+                errno.ENOSYS,
+                f"autoreap=True needs backend autoreap; this is {backend.name}: {backend.reason}",
             )
         return backend.name == "autoreap" and asked is not False
 
-    def _rungs(self, backend: kernel.Backend, autoreap: bool) -> list[tuple[bool, bool, bool]]:
+    def _rungs(self, backend: kernel.Backend, *, autoreap: bool) -> list[tuple[bool, bool, bool]]:
         """What to try one after the other, as (legacy clone, shared memory, autoreap)."""
         rungs = []
         if not backend.legacy_clone:
             rungs.append((False, self.shares_memory, autoreap))
-        if not self.options.get("autoreap"):
+        if not self.options.get("autoreap") and (backend.name, backend.forced) != (
+            "autoreap",
+            True,
+        ):
             rungs.append((True, self.shares_memory, False))
             rungs.append((True, False, False))
         return rungs
 
-    def _clone(self, backend: kernel.Backend, *, legacy: bool, share: bool, autoreap: bool) -> Spawned:
+    def _clone(
+        self, backend: kernel.Backend, *, legacy: bool, share: bool, autoreap: bool
+    ) -> Spawned:
         features = backend.features
         flags = kernel.CLONE_PIDFD
         no_new_privs, cgroup_procs = self.no_new_privs, -1

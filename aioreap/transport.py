@@ -1,4 +1,4 @@
-"""The transport between a subprocess protocol and its child: asyncio's, over the loop's own pipe transports."""
+"""asyncio's transport between a protocol and a child, over the loop's own pipe transports."""
 
 from __future__ import annotations
 
@@ -94,6 +94,11 @@ class _PipeProtocol(asyncio.Protocol):
         self._process.get_protocol().resume_writing()
 
 
+def _set_result(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
 class SubprocessTransport(asyncio.SubprocessTransport):
     """asyncio.SubprocessTransport over a Child and its pipes.
 
@@ -178,7 +183,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         for callback, arguments in self._early or ():
             self._loop.call_soon(callback, *arguments)
         self._early = None
-        self._loop.call_soon(lambda: made.done() or made.set_result(None))
+        self._loop.call_soon(_set_result, made)
         await made
 
     async def _abort(self, plan: SpawnPlan) -> None:
@@ -193,10 +198,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         for _ in range(_TURNS_TO_CLOSE):
             if all(pipe.disconnected for pipe in self._pipes.values()):
                 return
-            try:
+            with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(0)
-            except asyncio.CancelledError:
-                pass
         for pipe in self._pipes.values():
             if pipe.transport is None:
                 pipe.end.close()
@@ -216,13 +219,12 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._call(self._protocol.pipe_connection_lost, number, exc)
         self._try_finish()
 
-    def _child_exited(self, child: Child) -> None:
+    def _child_exited(self, _child: Child) -> None:
         if self._loop.get_debug():
             logger.info("%r exited", self)
         self._call(self._protocol.process_exited)
         for waiter in self._exit_waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+            _set_result(waiter)
         self._exit_waiters.clear()
         self._try_finish()
 
@@ -300,7 +302,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         for pipe in self._pipes.values():
             pipe.destroy(self._loop)
 
-    def send_signal(self, signal: int) -> None:  # noqa: A002 - asyncio's name
+    def send_signal(self, signal: int) -> None:
         """Send a signal through the pidfd.
 
         Nothing happens if the child has exited and this is not known here yet.

@@ -13,6 +13,7 @@ Caveats, each shown by tests/test_watcher.py:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import select
@@ -134,10 +135,8 @@ class Child:
             PermissionError: as for kill(2).
         """
         if self.pidfd >= 0:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, number)
-            except ProcessLookupError:
-                pass
 
     def poll(self) -> ExitInfo | None:
         """Ask the kernel now. What it knows is in exit_info then, and the callbacks are called."""
