@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
 import signal
 import threading
@@ -47,8 +48,13 @@ def pytest_asyncio_loop_factories(
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "main_thread: needs Python's main thread, as signal.signal() does")
+    config.addinivalue_line(
+        "markers", "main_thread: needs Python's main thread, as signal.signal() does"
+    )
     config.addinivalue_line("markers", "any_backend: does not depend on the backend; runs on one")
+    config.addinivalue_line(
+        "markers", "clone_backends: not for popen, where subprocess.Popen itself waits for the exec"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -59,13 +65,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    where = "the main thread" if threading.current_thread() is threading.main_thread() else "another thread"
+    where = (
+        "the main thread"
+        if threading.current_thread() is threading.main_thread()
+        else "another thread"
+    )
     return f"aioreap: backends {', '.join(BACKENDS)} on Linux {os.uname().release}, in {where}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        names = BACKENDS[:1] if metafunc.definition.get_closest_marker("any_backend") else BACKENDS
+        names = BACKENDS
+        if metafunc.definition.get_closest_marker("clone_backends"):
+            names = [name for name in names if name != "popen"]
+        elif metafunc.definition.get_closest_marker("any_backend"):
+            names = names[:1]
         metafunc.parametrize("backend", names, indirect=True)
 
 
@@ -88,14 +102,17 @@ def open_descriptors() -> dict[int, str]:
 
 
 def blocks_mapped() -> int:
-    """How many guard pages of spawn blocks there are: PROT_NONE, one page, unnamed."""
-    page = os.sysconf("SC_PAGESIZE")
-    count = 0
+    """How many spawn blocks there are: an unnamed guard page, before less than a thread's stack."""
+    mappings = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         fields = line.split()
         begin, end = (int(part, 16) for part in fields[0].split("-"))
-        count += fields[1] == "---p" and end - begin == page and len(fields) == 5
-    return count
+        mappings.append((end - begin, fields[1], len(fields) == 5))
+    page, stack = os.sysconf("SC_PAGESIZE"), 4 << 20
+    return sum(
+        guard == (page, "---p", True) and behind[0] < stack
+        for guard, behind in itertools.pairwise(mappings)
+    )
 
 
 def children() -> list[int]:

@@ -1,0 +1,270 @@
+"""Between clone and exec: the loop is never held, and nothing is decided before it is known."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import aioreap
+from aioreap import _clone, launch, spawn
+from aioreap.options import Options
+
+pytestmark = pytest.mark.clone_backends
+
+
+class HeldProgram:
+    """A program whose execve() waits until release(): this process has a lease on its file."""
+
+    def __init__(self, path: Path) -> None:
+        shutil.copy("/bin/true", path)
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETSIG, signal.SIGURG)  # ignored by default
+        fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+
+    def release(self) -> None:
+        fcntl.fcntl(self._descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[HeldProgram]:
+    program = HeldProgram(tmp_path / "held")
+    yield program
+    program.close()
+
+
+async def turns(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await asyncio.sleep(0)
+
+
+async def test_the_loop_runs_while_a_program_is_being_loaded(held: HeldProgram) -> None:
+    creating = asyncio.ensure_future(aioreap.create_subprocess_exec(held.path))
+    await turns(1000)
+    assert not creating.done()
+    held.release()
+    process = await creating
+    assert await process.wait() == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"extra_groups": [0]}], ids=["shared", "copied"])
+async def test_a_program_killed_while_it_is_loaded_has_that_status(
+    held: HeldProgram, options: Options
+) -> None:
+    creating = asyncio.ensure_future(aioreap.create_subprocess_exec(held.path, **options))
+    await until(lambda: spawn.in_flight)
+    (spawned,) = spawn.in_flight
+    if spawned.shares_memory:
+        assert spawned.block is not None
+        await until(lambda: spawned.block and _clone.step(spawned.block) == _clone.STEP_EXEC)
+    else:
+        await turns(1000)
+    signal.pidfd_send_signal(spawned.pidfd, signal.SIGINT)
+    assert await (await creating).wait() == -signal.SIGINT
+
+
+async def test_a_child_killed_before_its_exec_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = _clone.outcome
+
+    def died_early(block: _clone.Block, exited: bool, /) -> tuple[int, int] | None:
+        outcome = real(block, exited)
+        return None if outcome is None else (_clone.STEP_CHDIR, 0)
+
+    monkeypatch.setattr(_clone, "outcome", died_early)
+    with pytest.raises(subprocess.SubprocessError, match="killed before it could run 'true'"):
+        await aioreap.create_subprocess_exec("true")
+
+
+async def test_eof_before_the_child_has_left_the_memory_decides_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Linux 7.3 closes the exec pipe up to 0.1 ms before it switches memory."""
+    real, asked = _clone.outcome, 0
+
+    def late(block: _clone.Block, exited: bool, /) -> tuple[int, int] | None:
+        nonlocal asked
+        asked += 1
+        return real(block, exited) if asked > 10 or exited else None
+
+    monkeypatch.setattr(_clone, "outcome", late)
+    process = await aioreap.create_subprocess_exec("sh", "-c", "read line; exit 3", stdin=-1)
+    assert asked > 10
+    await process.communicate(b"\n")
+    assert process.returncode == 3
+
+
+async def test_a_stranger_that_holds_the_exec_pipe_delays_no_exit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A fork outside Python's sight, between pipe2 and close, inherits the pipe's other end."""
+    real, held_ends = _clone.spawn, []
+
+    def with_a_stranger(*arguments: object) -> tuple[int, int, int, _clone.Block]:
+        pid, pidfd, pipe, block = real(*arguments)  # type: ignore[arg-type]
+        read_end, write_end = os.pipe()
+        os.dup2(read_end, pipe, inheritable=False)
+        os.set_blocking(pipe, False)
+        os.close(read_end)
+        held_ends.append(write_end)
+        return pid, pidfd, pipe, block
+
+    monkeypatch.setattr(_clone, "spawn", with_a_stranger)
+    process = await aioreap.create_subprocess_exec("sh", "-c", "read line; exit 3", stdin=-1)
+    await process.communicate(b"\n")
+    assert process.returncode == 3
+    with pytest.raises(FileNotFoundError):
+        await aioreap.create_subprocess_exec("/nonexistent")
+    for end in held_ends:
+        os.close(end)
+
+
+async def test_many_spawns_of_one_turn_are_spread_over_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "TURN_BUDGET_NS", 1)
+    loop, real = asyncio.get_running_loop(), _clone.spawn
+    turn, cloned_in = 0, []
+
+    def counting(*arguments: object) -> tuple[int, int, int, _clone.Block]:
+        cloned_in.append(turn)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    def next_turn() -> None:
+        nonlocal turn
+        turn += 1
+        if len(cloned_in) < 20:
+            loop.call_soon(next_turn)
+
+    monkeypatch.setattr(_clone, "spawn", counting)
+    next_turn()
+    before = turn
+    spawns = [asyncio.ensure_future(aioreap.create_subprocess_exec("true")) for _ in range(20)]
+    processes = await asyncio.gather(*spawns)
+    assert cloned_in[0] <= before + 1, "the first of a turn is never deferred"
+    assert len(set(cloned_in)) == 20, "one clone a turn when each takes the whole budget"
+    assert await asyncio.gather(*(p.wait() for p in processes)) == [0] * 20
+
+
+async def test_what_happens_before_its_turn_does_not_change_a_deferred_spawn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launch, "TURN_BUDGET_NS", 1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AIOREAP_SAYS", "then")
+    (tmp_path / "sub").mkdir()
+    script = 'pwd; umask; echo "$AIOREAP_SAYS"; cat; cat /dev/fd/%d'
+    output, passed = tmp_path / "output", tmp_path / "passed"
+    output.touch()
+    passed.write_text("passed\n")
+    stdin_read, stdin_write = os.pipe()
+    os.write(stdin_write, b"stdin\n")
+    os.close(stdin_write)
+    umask = os.umask(0o027)
+    try:
+        with output.open("wb") as stdout, passed.open("rb") as extra:
+            first = asyncio.ensure_future(aioreap.create_subprocess_exec("true"))
+            second = asyncio.ensure_future(
+                aioreap.create_subprocess_exec(
+                    "sh",
+                    "-c",
+                    script % extra.fileno(),
+                    cwd="sub",
+                    stdin=stdin_read,
+                    stdout=stdout,
+                    pass_fds=[extra.fileno()],
+                )
+            )
+            await asyncio.sleep(0)  # both have been asked for, the second is deferred
+            assert len(spawn.in_flight) <= 1
+        os.close(stdin_read)
+        os.umask(0o077)
+        monkeypatch.chdir("/")
+        monkeypatch.setenv("AIOREAP_SAYS", "now")
+        for process in await asyncio.gather(first, second):
+            assert await process.wait() == 0
+    finally:
+        os.umask(umask)
+    assert output.read_text().splitlines() == [f"{tmp_path}/sub", "0027", "then", "stdin", "passed"]
+
+
+async def test_a_program_just_written_is_not_busy_because_of_a_spawn_in_flight(
+    held: HeldProgram, tmp_path: Path
+) -> None:
+    """close_fds=False: the held child keeps a copy of the written descriptor until its exec."""
+    program = tmp_path / "written"
+    with program.open("wb") as file:
+        file.write(Path("/bin/true").read_bytes())
+        os.fchmod(file.fileno(), 0o755)
+        holder = asyncio.ensure_future(
+            aioreap.create_subprocess_exec(held.path, close_fds=False)
+        )
+        await until(lambda: spawn.in_flight)
+    busy = asyncio.ensure_future(aioreap.create_subprocess_exec(program))
+    with pytest.raises(OSError, match="busy") as direct:
+        os.close(os.posix_spawn(program, [str(program)], {}))
+    assert direct.value.errno == errno.ETXTBSY
+    await turns(1000)
+    assert not busy.done()
+    held.release()
+    assert await (await busy).wait() == 0
+    assert await (await holder).wait() == 0
+
+
+async def test_a_program_that_is_open_for_writing_is_busy(tmp_path: Path) -> None:
+    program = tmp_path / "written"
+    shutil.copy("/bin/true", program)
+    with program.open("ab"), pytest.raises(OSError, match="busy") as caught:
+        await aioreap.create_subprocess_exec(program)
+    assert (caught.value.errno, caught.value.filename) == (errno.ETXTBSY, program)
+
+
+async def test_a_forked_copy_holds_no_pipe_of_a_spawn_in_flight(held: HeldProgram) -> None:
+    creating = asyncio.ensure_future(aioreap.create_subprocess_exec(held.path, stdout=-1))
+    await until(lambda: spawn.in_flight)
+    go_read, go_write = os.pipe()
+    copy = os.fork()
+    if copy == 0:
+        os.close(go_write)
+        os.read(go_read, 1)
+        os._exit(0)
+    os.close(go_read)
+    held.release()
+    process = await creating
+    assert await process.communicate() == (b"", None)  # EOF, while the copy lives
+    os.close(go_write)
+    assert os.waitpid(copy, 0)[1] == 0
+
+
+async def test_two_threads_spawn_at_once(backend: str) -> None:
+    async def several() -> set[int]:
+        processes = [await aioreap.create_subprocess_exec("sh", "-c", "exit 3") for _ in range(20)]
+        return set(await asyncio.gather(*(p.wait() for p in processes)))
+
+    found: list[set[int]] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(asyncio.run(several()))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    here = await several()
+    for thread in threads:
+        await asyncio.to_thread(thread.join)
+    assert [here, *found] == [{3}] * 3
