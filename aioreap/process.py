@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, TypeVar, Unpack, cast
 
 from aioreap.exitinfo import ExitInfo
@@ -169,28 +169,34 @@ class _StreamProtocol(asyncio.subprocess.SubprocessStreamProtocol):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def collect(self) -> tuple[bytes | None, bytes | None]:
-        """All that is left of stdout and stderr, up to their ends.
+    async def collect(self, exited: Coroutine[Any, Any, object]) -> tuple[bytes | None, bytes | None]:
+        """All that is left of stdout and stderr, when they have ended and `exited` has.
 
-        If it is cancelled, what it has is in the readers again.
+        If it fails or is cancelled, what was read is in the readers again.
         """
-        for fd, reader in ((1, self.stdout), (2, self.stderr)):
-            if reader is not None:
+        readers = {1: self.stdout, 2: self.stderr}
+        for fd, reader in readers.items():
+            if reader is not None and fd not in self._ended:
                 self._collected[fd] = [_take_buffered(reader)]
                 self._readers[fd] = reader
-        self.stdout = self.stderr = None
+        self.stdout, self.stderr = (r if fd in self._ended else None for fd, r in readers.items())
         try:
             while not self._readers.keys() <= self._ended.keys():
                 self._waiter = self._event_loop.create_future()
                 await self._waiter
+            await exited
             self._raise_lost()
         except BaseException:
+            exited.close()
             for fd, reader in self._readers.items():
                 reader.feed_data(b"".join(self._collected[fd]))
             self._give_back()
             raise
         output = {fd: b"".join(chunks) for fd, chunks in self._collected.items()}
         self._give_back()
+        for fd, reader in readers.items():
+            if reader is not None and fd not in output:
+                output[fd] = _take_buffered(reader)
         return output.get(1), output.get(2)
 
     def _raise_lost(self) -> None:
@@ -201,13 +207,13 @@ class _StreamProtocol(asyncio.subprocess.SubprocessStreamProtocol):
 
     def _give_back(self) -> None:
         for fd, reader in self._readers.items():
-            if fd in self._ended:
-                exc = self._ended[fd]
-                if exc is None:
-                    reader.feed_eof()
-                else:
-                    reader.set_exception(exc)
-        self.stdout, self.stderr = self._readers.get(1), self._readers.get(2)
+            exc = self._ended.get(fd)
+            if exc is not None:
+                reader.set_exception(exc)
+            elif fd in self._ended:
+                reader.feed_eof()
+        self.stdout = self._readers.get(1, self.stdout)
+        self.stderr = self._readers.get(2, self.stderr)
         self._readers.clear()
         self._collected.clear()
         self._waiter = None
@@ -286,8 +292,7 @@ class Process(asyncio.subprocess.Process):
                 if input is not None:
                     self.stdin.write(input)
             self.stdin.close()
-        output = await self._protocol.collect()
-        await self.wait()
+        output = await self._protocol.collect(self.wait())
         return cast("tuple[bytes, bytes]", output)  # as typeshed has it
 
 
