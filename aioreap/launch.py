@@ -253,7 +253,7 @@ class Launcher:
         self._loop = weakref.ref(loop)
         self._owner = os.getpid()
         self._in_flight: weakref.WeakSet[Launch] = weakref.WeakSet()
-        self._backstop: asyncio.TimerHandle | None = None
+        self._is_looking = False
         self._deferred: deque[Launch] = deque()
         self._spent_ns = 0
         self._turn_follows = False
@@ -307,16 +307,17 @@ class Launcher:
     def look_after(self, launch: Launch) -> None:
         """Examine the launch now and then, until its exec."""
         self._in_flight.add(launch)
-        if self._backstop is None:
-            self._backstop = self.loop.call_later(_BACKSTOP, self._look)
+        if not self._is_looking:
+            self._is_looking = True
+            self.loop.call_later(_BACKSTOP, self._look)
 
     def _look(self) -> None:
         for launch in list(self._in_flight):
             if launch.examine():
                 self._in_flight.discard(launch)
-        self._backstop = None
-        if self._in_flight:
-            self._backstop = self.loop.call_later(_BACKSTOP, self._look)
+        self._is_looking = bool(self._in_flight)
+        if self._is_looking:
+            self.loop.call_later(_BACKSTOP, self._look)
 
     def remove_reader(self, descriptor: int) -> None:
         """As the loop's, and nothing in a forked copy or when the loop is closed."""
