@@ -9,6 +9,7 @@ timer asks as well while launches are in flight.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import signal
@@ -96,7 +97,8 @@ class Launch:
         child = self.child
         if child is None:
             return
-        child.send_signal(signal.SIGKILL)
+        with contextlib.suppress(PermissionError):  # it runs a set-user-ID program
+            child.send_signal(signal.SIGKILL)
         child.add_exit_callback(self._wake)
         loop = self._launcher.loop
         patience, begin = _ABORT_PATIENCE, loop.time()

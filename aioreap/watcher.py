@@ -177,7 +177,8 @@ class Child:
         self._callbacks.clear()
         if self.pidfd < 0:
             return
-        self.send_signal(signal.SIGKILL)
+        with contextlib.suppress(PermissionError):  # it runs a set-user-ID program
+            self.send_signal(signal.SIGKILL)
         pidfd = self._detach()
         if not self._reap:
             os.close(pidfd)
