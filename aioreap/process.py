@@ -169,7 +169,9 @@ class _StreamProtocol(asyncio.subprocess.SubprocessStreamProtocol):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def collect(self, exited: Coroutine[Any, Any, object]) -> tuple[bytes | None, bytes | None]:
+    async def collect(
+        self, exited: Coroutine[Any, Any, object]
+    ) -> tuple[bytes | None, bytes | None]:
         """All that is left of stdout and stderr, when they have ended and `exited` has.
 
         If it fails or is cancelled, what was read is in the readers again.

@@ -84,7 +84,9 @@ def test_a_forced_backend_that_cannot_be_had_names_what_is_missing(
 ) -> None:
     answer(monkeypatch, clone3=KNOWN, autoreap=UNKNOWN, legacy=KNOWN)
     monkeypatch.setenv("AIOREAP_BACKEND", "autoreap")
-    with pytest.raises(OSError, match="AIOREAP_BACKEND=autoreap cannot be had here; autoreap: no") as caught:
+    with pytest.raises(
+        OSError, match="AIOREAP_BACKEND=autoreap cannot be had here; autoreap: no"
+    ) as caught:
         aioreap.backend()
     assert caught.value.errno == errno.ENOSYS
     monkeypatch.setenv("AIOREAP_BACKEND", "fork")
@@ -100,7 +102,9 @@ def test_without_pidfds_there_is_no_backend(monkeypatch: pytest.MonkeyPatch) -> 
 
     answer(monkeypatch, clone3=HIDDEN, autoreap=HIDDEN, legacy=HIDDEN)
     monkeypatch.setattr(kernel.os, "pidfd_open", hidden)
-    with pytest.raises(OSError, match=r"aioreap needs pidfds \(Linux 5.4\); pidfd_open: no \(EPERM"):
+    with pytest.raises(
+        OSError, match=r"aioreap needs pidfds \(Linux 5.4\); pidfd_open: no \(EPERM"
+    ):
         aioreap.backend()
 
 
@@ -113,7 +117,9 @@ try:
 except ChildProcessError:
     print("no child", os.listdir("/proc/self/task") == [str(os.getpid())])
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "no child True\n"
 
 
@@ -141,5 +147,7 @@ def test_the_report_is_a_table_for_a_person_and_json_for_a_program(
 
 def test_elsewhere_than_on_linux_the_import_says_so() -> None:
     script = "import sys; sys.platform = 'darwin'; import aioreap"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert "ImportError: aioreap runs on Linux, not on darwin" in done.stderr

@@ -213,9 +213,7 @@ async def test_a_program_just_written_is_not_busy_because_of_a_spawn_in_flight(
     with program.open("wb") as file:
         file.write(Path("/bin/true").read_bytes())
         os.fchmod(file.fileno(), 0o755)
-        holder = asyncio.ensure_future(
-            aioreap.create_subprocess_exec(held.path, close_fds=False)
-        )
+        holder = asyncio.ensure_future(aioreap.create_subprocess_exec(held.path, close_fds=False))
         await until(lambda: spawn.in_flight)
     busy = asyncio.ensure_future(aioreap.create_subprocess_exec(program))
     with pytest.raises(OSError, match="busy") as direct:

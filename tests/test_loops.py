@@ -60,7 +60,9 @@ class Recorder(asyncio.SubprocessProtocol):
 
 def test_asyncios_own_functions_lead_here(factory: Factory) -> None:
     async def main() -> None:
-        process = await asyncio.create_subprocess_exec("sh", "-c", "cat; exit 3", stdin=-1, stdout=-1)
+        process = await asyncio.create_subprocess_exec(
+            "sh", "-c", "cat; exit 3", stdin=-1, stdout=-1
+        )
         assert aioreap.Process.of(process).pidfd >= 0
         assert await process.communicate(b"x") == (b"x", None)
         assert process.returncode == 3
@@ -74,7 +76,9 @@ def test_asyncios_own_functions_lead_here(factory: Factory) -> None:
 def test_a_protocol_is_told_in_asyncios_order(factory: Factory) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        transport, protocol = await loop.subprocess_shell(Recorder, "echo out; echo err >&2; exit 3")
+        transport, protocol = await loop.subprocess_shell(
+            Recorder, "echo out; echo err >&2; exit 3"
+        )
         assert protocol.calls[0] == "connection_made"
         await protocol.closed
         calls = protocol.calls
@@ -99,7 +103,9 @@ def test_closing_the_transport_kills(factory: Factory) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         transport, protocol = await loop.subprocess_exec(Recorder, "cat")
-        assert transport.get_pipe_transport(1).get_extra_info("pipe").fileno() >= 0
+        output = transport.get_pipe_transport(1)
+        assert output is not None
+        assert output.get_extra_info("pipe").fileno() >= 0
         assert transport.get_pipe_transport(3) is None
         transport.close()
         transport.close()

@@ -53,7 +53,9 @@ async def test_communicate_returns_what_the_readers_hold_already() -> None:
 
 
 async def test_a_cancelled_communicate_loses_nothing() -> None:
-    process = await shell("echo one; echo error >&2; read line; echo two", stdout=-1, stderr=-1, stdin=-1)
+    process = await shell(
+        "echo one; echo error >&2; read line; echo two", stdout=-1, stderr=-1, stdin=-1
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     protocol = process._protocol

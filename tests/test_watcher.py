@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
 import aioreap
 from aioreap import kernel, watcher
 from aioreap.watcher import Child, ChildWatcher
+
 
 async def create(script: str) -> aioreap.Process:
     return await aioreap.create_subprocess_exec("sh", "-c", script, stdin=-1)
@@ -177,7 +179,7 @@ async def test_a_status_that_nobody_knows_is_an_error_everywhere(
             calls.append(f"connection_lost({exc})")
 
     process = await create("read line; exit 3")
-    loop = aioreap.install()
+    loop: Any = aioreap.install(asyncio.get_running_loop())
     transport, _ = await loop.subprocess_exec(Protocol, "cat", stdout=None, stderr=None)
     _lose_statuses(monkeypatch, error)
     for child in (process._transport.child, transport.child):

@@ -1,0 +1,249 @@
+"""Boot a kernel that Debian packages in an emulated machine, and run a command in it.
+
+    python3 tests/kernel/boot.py --kernel 7 -- python3 -m pytest
+
+The guest has this machine's files as its own. The command runs as root in the
+repository's folder, its output appears here, and its exit status becomes ours.
+What it may change is a copy, which is lost at the end: the folder's, root's
+home's and the system's own; /tmp is empty and in memory, and there is no network
+but the loopback.
+
+Exit status: the command's; 69 if something that is needed cannot be had; 124
+after the time limit; 255 if the guest ended without telling one (a kernel panic),
+or if that was the command's.
+"""
+
+import argparse
+import fcntl
+import os
+import platform
+import re
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from kernels import Kernel, MissingError, Series, find_kernel, read_series, run
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+CACHE = REPOSITORY / ".cache"
+
+HOST_PACKAGES = ["qemu-system-x86", "busybox-static", "kmod", "udev"]
+VIRTME = "virtme-ng==1.42"
+
+STATUS_MISSING = 69
+STATUS_TIME_LIMIT = 124
+STATUS_NONE = 255
+
+WRITABLE = ["/etc", "/home", "/opt", "/root", "/srv", "/usr", "/var"]
+CPUS = 2
+MEMORY = "3G"
+# Under emulation each of these modules costs up to a second of the boot, and none is of use.
+UNUSED_MODULES = """
+    aesni_intel ahci bochs button cdrom crct10dif_pclmul crc32_pclmul crc32c_intel evdev
+    ghash_clmulni_intel i2c_i801 i6300esb iTCO_wdt joydev kvm kvm_amd kvm_intel libahci libata
+    lpc_ich parport_pc pcspkr polyval_clmulni powernow_k8 ppdev psmouse qemu_fw_cfg serio_raw sg
+    sha256_ssse3 sha512_ssse3 sr_mod
+"""
+# Mitigations flush the emulated TLB at each system call; the others leave out what slows the boot.
+KERNEL_OPTIONS = [
+    "mitigations=off",
+    "nokaslr",
+    "audit=0",
+    "lsm=capability",
+    "random.trust_cpu=on",
+    "tsc=reliable",
+    "no_timer_check",
+    f"modprobe.blacklist={','.join(UNUSED_MODULES.split())}",
+]
+
+
+def main() -> int:
+    """Read the command line, boot, and return the exit status."""
+    series = read_series(HERE / "kernels.toml")
+    arguments = _parse(series)
+    try:
+        _check_machine()
+        with _lock(CACHE / "boot.lock"):
+            _install_host_packages()
+            virtme = _install_virtme()
+            kernel = find_kernel(series[arguments.kernel], CACHE)
+        _say(f"booting {kernel.version}")
+        return _boot(virtme, kernel, arguments)
+    except MissingError as missing:
+        _say(f"cannot boot a kernel, missing: {missing}")
+        return STATUS_MISSING
+
+
+def _parse(series: dict[str, Series]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--kernel", choices=sorted(series), default=max(series), help="which series of kernels.toml"
+    )
+    parser.add_argument(
+        "--root", type=Path, default=Path("/"), help="a folder with another root file system"
+    )
+    parser.add_argument(
+        "--time-limit", type=float, default=600.0, metavar="SECONDS", help="then the guest is ended"
+    )
+    parser.add_argument("--verbose", action="store_true", help="show the guest's console too")
+    parser.add_argument("command", nargs="+", help="the command and its arguments, after --")
+    return parser.parse_args()
+
+
+def _say(words: str) -> None:
+    print(f"boot.py: {words}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    """Let one boot.py at a time change the cache folder."""
+    file.parent.mkdir(exist_ok=True)
+    with file.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _check_machine() -> None:
+    if platform.machine() != "x86_64":
+        raise MissingError(f"an x86_64 machine, this is {platform.machine()}")
+    if os.geteuid() != 0:
+        raise MissingError("root, to install packages and to read all files for the guest")
+    for tool in ("apt-get", "dpkg-query"):
+        if shutil.which(tool) is None:
+            raise MissingError(f"{tool}: this needs a Debian machine")
+
+
+def _install_host_packages() -> None:
+    listing = run(
+        ["dpkg-query", "-W", "-f", r"${Package} ${db:Status-Status}\n"], "dpkg's list of packages"
+    )
+    installed = {line.split()[0] for line in listing.splitlines() if line.endswith(" installed")}
+    absent = [package for package in HOST_PACKAGES if package not in installed]
+    if not absent:
+        return
+    need = f"the Debian packages {' '.join(absent)}"
+    _say(f"installing {' '.join(absent)}")
+    run(["apt-get", "update"], need)
+    install = ["apt-get", "install", "--yes", "--no-install-recommends", *absent]
+    run(install, need, env={"DEBIAN_FRONTEND": "noninteractive"})
+
+
+def _install_virtme() -> Path:
+    """Return the folder of virtme-ng's programs, in a venv that is made if it is not there."""
+    folder = CACHE / re.sub("=+", "-", VIRTME)
+    done = folder / "installed"
+    if not done.exists():
+        _say(f"installing {VIRTME}")
+        try:
+            venv.create(folder, clear=True, with_pip=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise MissingError(f"Python's venv and ensurepip modules ({error})") from error
+        run(
+            [str(folder / "bin/pip"), "install", "--quiet", VIRTME],
+            f"{VIRTME} from the package index",
+        )
+        done.touch()
+    return folder / "bin"
+
+
+def _boot(virtme: Path, kernel: Kernel, arguments: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory(prefix="boot-", dir=CACHE) as folder:
+        command = Path(folder, "command")
+        command.write_text(f"exec {shlex.join(arguments.command)}\n")
+        script = shlex.join(
+            ["sh", str(HERE / "guest.sh"), str(REPOSITORY), str(kernel.modules), str(command)]
+        )
+        line = _command_line(virtme, kernel, arguments.root.resolve(), script)
+        if arguments.verbose:
+            line.append("--show-boot-console")
+        return _run_guest(line, arguments.time_limit)
+
+
+def _command_line(virtme: Path, kernel: Kernel, root: Path, script: str) -> list[str]:
+    line = [
+        str(virtme / "virtme-run"),
+        "--kimg",
+        str(kernel.image),
+        "--mods=auto",
+        "--root",
+        str(root),
+    ]
+    line += [
+        "--disable-kvm",
+        "--force-9p",
+        "--disable-microvm",
+        "--cpus",
+        str(CPUS),
+        "--memory",
+        MEMORY,
+    ]
+    for option in KERNEL_OPTIONS:
+        line += [f"--kopt={option}"]
+    for folder in WRITABLE:
+        if (root / folder[1:]).is_dir():
+            line += ["--overlay-rwdir", folder]
+    if root != Path("/"):
+        mountpoint = root / REPOSITORY.relative_to("/")
+        mountpoint.mkdir(parents=True, exist_ok=True)
+        line += [f"--rodir={REPOSITORY}={REPOSITORY}"]
+    return [*line, "--script-sh", script]
+
+
+def _run_guest(line: Sequence[str], time_limit: float) -> int:
+    """Run virtme-ng, copy its output, and return its exit status; end it after `time_limit`."""
+    # qemu opens its output anew and truncates it: a file would lose what was there, a pipe not.
+    # timeout(1) is for the day when we are killed ourselves: no qemu may spin on for ever.
+    guest = subprocess.Popen(
+        ["timeout", "--signal=KILL", str(time_limit + 10), *line],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        if not _copy_output(guest, time_limit):
+            _say(f"the guest was ended after {time_limit:g} seconds")
+            return STATUS_TIME_LIMIT
+        status = guest.wait()
+    finally:
+        _end(guest)
+    if status == STATUS_NONE:
+        _say("exit status 255: the command's own, or the guest died without one (see --verbose)")
+    return status
+
+
+def _copy_output(guest: subprocess.Popen[bytes], time_limit: float) -> bool:
+    """Copy the guest's output until its end, and say whether that came before the time limit."""
+    assert guest.stdout is not None
+    deadline = time.monotonic() + time_limit
+    while select.select([guest.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        output = os.read(guest.stdout.fileno(), 65536)
+        if not output:
+            return True
+        sys.stdout.buffer.write(output)
+        sys.stdout.buffer.flush()
+    return False
+
+
+def _end(guest: subprocess.Popen[bytes]) -> None:
+    """Kill virtme-ng and the qemu that it started: one session, one process group."""
+    with suppress(ProcessLookupError):
+        os.killpg(guest.pid, signal.SIGKILL)
+    guest.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
