@@ -108,33 +108,32 @@ async def test_signals_are_silent_until_the_exit_is_known_and_an_error_afterward
             send()
 
 
-async def test_readable_is_not_exit_info_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel wakes the pollers of a pidfd before it stores the exit info."""
-    real, asked = kernel.exit_status, 0
+@pytest.fixture
+def late_exit_info(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Answer "not yet" to the first question, as the kernel may; the pidfds asked for."""
+    real, asked = kernel.exit_status, []
 
     def late(pidfd: int, *, reap: bool) -> kernel.ExitStatus | None:
-        nonlocal asked
-        asked += 1
-        return None if asked == 1 else real(pidfd, reap=reap)
+        asked.append(pidfd)
+        return None if len(asked) == 1 else real(pidfd, reap=reap)
 
     monkeypatch.setattr(kernel, "exit_status", late)
+    return asked
+
+
+async def test_readable_is_not_exit_info_ready(late_exit_info: list[int]) -> None:
+    """The kernel wakes the pollers of a pidfd before it stores the exit info."""
     process = await create("read line; exit 3")
     assert (await exit_of(process)).returncode == 3
-    assert asked == 2
+    assert len(late_exit_info) == 2
 
 
-async def test_no_room_for_the_inner_epoll_loses_no_exit(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, asked = kernel.exit_status, 0
-
-    def late(pidfd: int, *, reap: bool) -> kernel.ExitStatus | None:
-        nonlocal asked
-        asked += 1
-        return None if asked == 1 else real(pidfd, reap=reap)
-
+async def test_no_room_for_the_inner_epoll_loses_no_exit(
+    monkeypatch: pytest.MonkeyPatch, late_exit_info: list[int]
+) -> None:
     def no_epoll(pidfd: int) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(kernel, "exit_status", late)
     monkeypatch.setattr(watcher, "_EdgeReader", no_epoll)
     process = await create("read line; exit 3")
     assert (await exit_of(process)).returncode == 3

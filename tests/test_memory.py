@@ -1,0 +1,81 @@
+"""Sharing memory with a child until its exec harms neither side."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+from pathlib import Path
+
+import pytest
+
+import aioreap
+from aioreap.options import Options
+
+PR_GET_DUMPABLE = 3
+
+
+def controllers(cgroup: Path) -> list[str]:
+    try:
+        return (cgroup / "cgroup.subtree_control").read_text().split()
+    except OSError:
+        return []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"user": 65534}, {"group": 65534}, {"extra_groups": [65534]}, {"user": 65534, "group": 65534}],
+    ids=" ".join,
+)
+async def test_a_child_with_other_credentials_leaves_this_process_dumpable(
+    options: Options,
+) -> None:
+    """What shares this memory and changes its ids clears the flag, for good and for all."""
+    libc = ctypes.CDLL(None)
+    assert libc.prctl(PR_GET_DUMPABLE) == 1
+    process = await aioreap.create_subprocess_exec("true", **options)
+    assert await process.wait() == 0
+    assert libc.prctl(PR_GET_DUMPABLE) == 1
+
+
+@pytest.mark.clone_backends
+async def test_eof_ahead_of_the_child_tid_word_corrupts_nothing() -> None:
+    """Linux 7.3 closes descriptors first, hundreds of them here, and leaves the memory later."""
+    descriptors = [os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC) for _ in range(500)]
+
+    async def several() -> None:
+        for status in range(100):
+            process = await aioreap.create_subprocess_exec(
+                "sh", "-c", f"exit {status}", close_fds=False, env={"A": "x" * 10_000}
+            )
+            assert await process.wait() == status
+
+    await asyncio.gather(*(several() for _ in range(10)))
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+async def test_an_oom_kill_in_its_cgroup_spares_this_process() -> None:
+    """What shares memory with a cgroup over its limit is killed with it."""
+    root = Path("/sys/fs/cgroup")
+    if "memory" not in controllers(root):
+        pytest.skip("no cgroup v2 with a memory controller here; a kernel of make test-kernel has")
+    cgroup = root / "aioreap-test"
+    cgroup.mkdir()
+    try:
+        (cgroup / "memory.max").write_text("32768")
+        (cgroup / "memory.swap.max").write_text("0")
+        ballast = bytearray(os.urandom(1 << 20))
+        for _ in range(5):
+            try:
+                process = await aioreap.create_subprocess_exec("sleep", "1000", cgroup=cgroup)
+            except (OSError, aioreap.ExitStatusLost):
+                continue
+            except Exception as error:  # noqa: BLE001
+                assert "killed before it could run" in str(error)  # noqa: PT017
+                continue
+            assert await process.wait() == -9
+        assert len(ballast) == 1 << 20
+        assert "oom_kill 0" not in (cgroup / "memory.events").read_text().splitlines()
+    finally:
+        cgroup.rmdir()
