@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+C_SOURCES := aioreap/_clone.c aioreap/_spawn.c
+C_WARNINGS := -std=c11 -O2 -Wall -Wextra -Werror
 
 .PHONY: help demo test stress lint clean
 
@@ -12,25 +14,50 @@ help:
 	@echo 'make test    every test, on both event loops and every backend of this kernel'
 	@echo 'make stress  the long ones: 100,000 spawns, AddressSanitizer'
 	@echo 'make lint    formatting, style and types; C with gcc and clang, warnings as errors'
+	@echo
+	@echo 'PYTHON=python3.13 takes another interpreter, VENV=.venv313 another place for the set-up.'
 
-demo: $(VENV)/.built
+demo: $(VENV)/.built $(VENV)/.demo
+	@sh tools/check-system program gzip find
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.built $(VENV)/.test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
-	$(BIN)/python tests/in_thread.py $(PYTEST_ARGS)
+	@sh tools/check-system program gzip strace
+	$(BIN)/python -m pytest --ignore=tests/stress $(PYTEST_ARGS)
+	$(BIN)/python tests/in_thread.py --ignore=tests/stress $(PYTEST_ARGS)
+
+stress: $(VENV)/.built $(VENV)/.test
+	$(BIN)/python -m pytest tests/stress $(PYTEST_ARGS)
+	AIOREAP_HOSTILE_COUNT=10000 $(BIN)/python -m pytest tests/test_hostile.py $(PYTEST_ARGS)
+
+lint: $(VENV)/.built $(VENV)/.lint
+	@sh tools/check-system program gcc clang
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict aioreap examples tests
+	@include=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))') && \
+	for compiler in gcc clang; do for source in $(C_SOURCES); do \
+		echo "$$compiler $(C_WARNINGS) $$source"; \
+		$$compiler $(C_WARNINGS) -I"$$include" -fPIC -c -o /dev/null $$source || exit 1; \
+	done; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info aioreap/*.so
 
 $(VENV)/.checked:
-	@sh tools/check-system $(PYTHON)
+	@sh tools/check-system python $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.checked pyproject.toml aioreap/_clone.c aioreap/_spawn.c aioreap/_spawn.h
-	$(BIN)/python -m pip install --quiet --editable .
+$(VENV)/.built: $(VENV)/.checked pyproject.toml $(C_SOURCES) aioreap/_spawn.h
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+# The demo shows one loop where there is no uvloop for this machine, and says so.
+$(VENV)/.demo: $(VENV)/.built
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --only-binary uvloop --editable '.[uvloop]' || \
+		echo 'no uvloop for this interpreter: the demo runs on the loop of asyncio alone' >&2
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.checked pyproject.toml

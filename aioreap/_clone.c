@@ -232,7 +232,11 @@ clone_spawn(PyObject *Py_UNUSED(module), PyObject *arguments)
         Py_DECREF(block);
         return raise_errno(error);
     }
-    return Py_BuildValue("iiiN", (int)s->pid, s->pidfd, s->pipe, block);
+    PyObject *result = Py_BuildValue("iiiO", (int)s->pid, s->pidfd, s->pipe, block);
+    if (result == NULL)
+        spawn_abandon(s);
+    Py_DECREF(block);
+    return result;
 }
 
 static PyObject *

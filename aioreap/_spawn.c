@@ -3,7 +3,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/sched.h>
+#include <limits.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -24,18 +25,19 @@
 #ifndef CLONE_PIDFD
 #define CLONE_PIDFD 0x00001000
 #endif
+#ifndef SYS_pidfd_send_signal
+#define SYS_pidfd_send_signal 424
+#endif
 #define CLEAR_SIGHAND (UINT64_C(1) << 32) /* CLONE_CLEAR_SIGHAND, Linux 5.5 */
 #define INTO_CGROUP (UINT64_C(1) << 33)   /* CLONE_INTO_CGROUP, Linux 5.7 */
 
 #define STACK_SIZE (32 * 1024)
 #define SIGNAL_COUNT 64
 #define SIGNAL_SET_SIZE (SIGNAL_COUNT / 8)
-#define SIGNAL_BIT(number) (UINT64_C(1) << ((number) - 1))
 
-static const uint64_t CORE_DUMPING_SIGNALS =
-    SIGNAL_BIT(SIGQUIT) | SIGNAL_BIT(SIGILL) | SIGNAL_BIT(SIGTRAP) | SIGNAL_BIT(SIGABRT) |
-    SIGNAL_BIT(SIGBUS) | SIGNAL_BIT(SIGFPE) | SIGNAL_BIT(SIGSEGV) | SIGNAL_BIT(SIGXCPU) |
-    SIGNAL_BIT(SIGXFSZ) | SIGNAL_BIT(SIGSYS);
+static const unsigned char CORE_DUMPING_SIGNALS[] = {
+    SIGQUIT, SIGILL, SIGTRAP, SIGABRT, SIGBUS, SIGFPE, SIGSEGV, SIGXCPU, SIGXFSZ, SIGSYS,
+};
 
 /* struct clone_args up to CLONE_ARGS_SIZE_VER2. */
 struct clone3_arguments {
@@ -47,26 +49,36 @@ struct clone3_arguments {
 /* What marks a function that runs in the child. It shares the parent's thread
  * control block: a libc call that fails would write the parent's errno, a stack
  * protector or a sanitizer would read and write state that is the parent's. */
-#if defined(__has_attribute)
 #if __has_attribute(no_stack_protector)
 #define NO_STACK_PROTECTOR __attribute__((no_stack_protector))
+#else /* gcc before 11 */
+#define NO_STACK_PROTECTOR __attribute__((optimize("no-stack-protector")))
 #endif
-#endif
-#ifndef NO_STACK_PROTECTOR
-#define NO_STACK_PROTECTOR
-#endif
-#if defined(__clang__)
-#define NO_SANITIZER __attribute__((no_sanitize("address", "thread", "memory", "undefined")))
+#if __has_attribute(disable_sanitizer_instrumentation)
+#define NO_SANITIZER __attribute__((disable_sanitizer_instrumentation))
 #else
 #define NO_SANITIZER __attribute__((no_sanitize("address", "thread", "undefined")))
 #endif
-#define IN_CHILD NO_STACK_PROTECTOR NO_SANITIZER
+#define IN_CHILD NO_STACK_PROTECTOR NO_SANITIZER __attribute__((no_instrument_function))
+#if __has_attribute(uninitialized) /* else -ftrivial-auto-var-init calls memset() */
+#define UNINITIALIZED __attribute__((uninitialized))
+#else
+#define UNINITIALIZED
+#endif
+
+/* Where the generic path would go wrong: 128 signals, or a raw clone that
+ * returns otherwise in the child. There subprocess.Popen makes the children. */
+#if defined(__mips__) || defined(__sparc__) || defined(__alpha__)
+#define CAN_CLONE 0
+#else
+#define CAN_CLONE 1
+#endif
 
 /* --- system calls that touch no errno: the result, or -errno ------------------- */
 
-#if defined(__x86_64__)
+#if SPAWN_CAN_SHARE_MEMORY && defined(__x86_64__)
 
-IN_CHILD static inline long
+IN_CHILD __attribute__((always_inline)) static inline long
 system_call(long number, long a, long b, long c, long d, long e)
 {
     long result;
@@ -104,9 +116,9 @@ system_call_on_new_stack(long number, long a, long b, long c, long d, long e,
     return result;
 }
 
-#elif defined(__aarch64__)
+#elif SPAWN_CAN_SHARE_MEMORY && defined(__aarch64__)
 
-IN_CHILD static inline long
+IN_CHILD __attribute__((always_inline)) static inline long
 system_call(long number, long a, long b, long c, long d, long e)
 {
     register long x8 __asm__("x8") = number;
@@ -137,7 +149,6 @@ system_call_on_new_stack(long number, long a, long b, long c, long d, long e,
     __asm__ volatile("svc #0\n\t"
                      "cbnz x0, 1f\n\t"
                      "mov x29, xzr\n\t"
-                     "mov x30, xzr\n\t"
                      "mov x0, x11\n\t"
                      "blr x10\n\t"
                      "brk #1\n"
@@ -148,9 +159,19 @@ system_call_on_new_stack(long number, long a, long b, long c, long d, long e,
     return x0;
 }
 
-#elif defined(__riscv) && __riscv_xlen == 64
+#elif SPAWN_CAN_SHARE_MEMORY
 
-IN_CHILD static inline long
+/* System calls do not keep the vector registers. */
+#if defined(__riscv_vector)
+#define VECTOR_CLOBBERS                                                                      \
+    , "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10", "v11", "v12", "v13", \
+        "v14", "v15", "v16", "v17", "v18", "v19", "v20", "v21", "v22", "v23", "v24", "v25",  \
+        "v26", "v27", "v28", "v29", "v30", "v31"
+#else
+#define VECTOR_CLOBBERS
+#endif
+
+IN_CHILD __attribute__((always_inline)) static inline long
 system_call(long number, long a, long b, long c, long d, long e)
 {
     register long a7 __asm__("a7") = number;
@@ -162,7 +183,7 @@ system_call(long number, long a, long b, long c, long d, long e)
     __asm__ volatile("ecall"
                      : "+r"(a0)
                      : "r"(a7), "r"(a1), "r"(a2), "r"(a3), "r"(a4)
-                     : "memory");
+                     : "memory" VECTOR_CLOBBERS);
     return a0;
 }
 
@@ -181,14 +202,13 @@ system_call_on_new_stack(long number, long a, long b, long c, long d, long e,
     __asm__ volatile("ecall\n\t"
                      "bnez a0, 1f\n\t"
                      "mv fp, zero\n\t"
-                     "mv ra, zero\n\t"
                      "mv a0, t4\n\t"
                      "jalr t3\n\t"
                      "ebreak\n"
                      "1:"
                      : "+r"(a0)
                      : "r"(a7), "r"(a1), "r"(a2), "r"(a3), "r"(a4), "r"(t3), "r"(t4)
-                     : "memory");
+                     : "memory" VECTOR_CLOBBERS);
     return a0;
 }
 
@@ -234,7 +254,7 @@ struct report {
     int32_t error;
 };
 
-static inline int
+IN_CHILD static inline int
 shares_memory(const struct spawn *s)
 {
     return (s->clone_flags & CLONE_VM) != 0;
@@ -274,11 +294,14 @@ is_target(const struct spawn *s, int descriptor)
 
 /* A copy of `descriptor` where no target will overwrite it. */
 IN_CHILD static int
-child_moves_away(struct spawn *s, int descriptor, int first_free)
+child_moves_away(struct spawn *s, int descriptor)
 {
-    long moved = CALL3(CALL_FCNTL, descriptor, F_DUPFD_CLOEXEC, first_free);
-    if (moved < 0)
-        child_fails(s, moved);
+    long moved = 2;
+    do {
+        moved = CALL3(CALL_FCNTL, descriptor, F_DUPFD_CLOEXEC, moved + 1);
+        if (moved < 0)
+            child_fails(s, moved);
+    } while (is_target(s, (int)moved));
     return (int)moved;
 }
 
@@ -322,7 +345,7 @@ number_from(const char *name)
 IN_CHILD static void
 child_closes_one_by_one(struct spawn *s)
 {
-    char buffer[1024] __attribute__((aligned(8)));
+    char buffer[1024] __attribute__((aligned(8))) UNINITIALIZED;
     long directory = CALL4(SYS_openat, AT_FDCWD, "/proc/self/fd",
                            O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
     if (directory >= 0) {
@@ -340,9 +363,9 @@ child_closes_one_by_one(struct spawn *s)
         CALL1(SYS_close, directory);
         return;
     }
-    struct rlimit64 limit = {256, 256};
-    CALL4(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, &limit);
-    for (int descriptor = 3; (uint64_t)descriptor < limit.rlim_cur; descriptor++)
+    uint64_t limit[2] = {256, 256}; /* struct rlimit64: current, maximum */
+    CALL4(SYS_prlimit64, 0, RLIMIT_NOFILE, NULL, limit);
+    for (int descriptor = 3; descriptor < INT_MAX && (uint64_t)descriptor < limit[0]; descriptor++)
         if (next_kept(s, descriptor) != descriptor)
             CALL1(SYS_close, descriptor);
 }
@@ -366,18 +389,14 @@ child_closes_the_rest(struct spawn *s)
 IN_CHILD static void
 child_arranges_descriptors(struct spawn *s)
 {
-    int first_free = 3;
-    for (size_t i = 0; i < s->descriptor_count; i++)
-        if (s->descriptors[i].target >= first_free)
-            first_free = s->descriptors[i].target + 1;
     if (is_target(s, s->report))
-        s->report = child_moves_away(s, s->report, first_free);
+        s->report = child_moves_away(s, s->report);
     if (s->cwd_descriptor >= 0 && is_target(s, s->cwd_descriptor))
-        s->cwd_descriptor = child_moves_away(s, s->cwd_descriptor, first_free);
+        s->cwd_descriptor = child_moves_away(s, s->cwd_descriptor);
     for (size_t i = 0; i < s->descriptor_count; i++) {
         struct spawn_descriptor *d = &s->descriptors[i];
         if (d->source != d->target && is_target(s, d->source))
-            d->source = child_moves_away(s, d->source, first_free);
+            d->source = child_moves_away(s, d->source);
     }
     for (size_t i = 0; i < s->descriptor_count; i++) {
         struct spawn_descriptor *d = &s->descriptors[i];
@@ -390,72 +409,91 @@ child_arranges_descriptors(struct spawn *s)
         child_closes_the_rest(s);
 }
 
+typedef void signal_handler(int);
+
 #if SPAWN_CAN_SHARE_MEMORY
 
 struct kernel_sigaction { /* large enough for each of the three architectures */
-    void (*handler)(int);
+    signal_handler *handler;
     unsigned long flags;
-    uint64_t rest[2];
+    signal_handler *restorer; /* x86-64 refuses to call a handler without one */
+    uint64_t mask;
 };
 
+#if defined(__x86_64__)
+#define HANDLER_FLAGS 0x04000000 /* SA_RESTORER */
+#else
+#define HANDLER_FLAGS 0
+#endif
+
 IN_CHILD static void
-child_sets_default(int number)
+child_handles_by(int number, signal_handler *handler)
 {
     struct kernel_sigaction action;
-    action.handler = SIG_DFL;
-    action.flags = 0;
-    action.rest[0] = action.rest[1] = 0;
+    action.handler = handler;
+    action.flags = HANDLER_FLAGS;
+    action.restorer = handler;
+    action.mask = 0;
     CALL4(SYS_rt_sigaction, number, &action, NULL, SIGNAL_SET_SIZE);
 }
 
-IN_CHILD static int
-child_handles(int number)
+IN_CHILD static signal_handler *
+child_handler_of(int number)
 {
     struct kernel_sigaction action;
-    return CALL4(SYS_rt_sigaction, number, NULL, &action, SIGNAL_SET_SIZE) == 0 &&
-           action.handler != SIG_DFL && action.handler != SIG_IGN;
+    return CALL4(SYS_rt_sigaction, number, NULL, &action, SIGNAL_SET_SIZE) == 0 ? action.handler
+                                                                               : SIG_IGN;
 }
 
 #else
 
 static void
-child_sets_default(int number)
+child_handles_by(int number, signal_handler *handler)
 {
-    signal(number, SIG_DFL);
+    signal(number, handler);
 }
 
-static int
-child_handles(int number)
+static signal_handler *
+child_handler_of(int number)
 {
     struct sigaction action;
-    return sigaction(number, NULL, &action) == 0 && action.sa_handler != SIG_DFL &&
-           action.sa_handler != SIG_IGN;
+    return sigaction(number, NULL, &action) == 0 ? action.sa_handler : SIG_IGN;
 }
 
 #endif
 
 IN_CHILD static void
+child_dies(int number)
+{
+    (void)number;
+    for (;;)
+        CALL2(SYS_kill, CALL0(SYS_getpid), SIGKILL);
+}
+
+IN_CHILD static void
 child_resets_signals(struct spawn *s)
 {
     if (!(s->clone_flags & CLEAR_SIGHAND))
-        for (int number = 1; number <= SIGNAL_COUNT; number++)
-            if (child_handles(number))
-                child_sets_default(number);
+        for (int number = 1; number <= SIGNAL_COUNT; number++) {
+            signal_handler *handler = child_handler_of(number);
+            if (handler != SIG_DFL && handler != SIG_IGN)
+                child_handles_by(number, SIG_DFL);
+        }
     if (s->restore_signals) {
-        child_sets_default(SIGPIPE);
-        child_sets_default(SIGXFSZ);
+        child_handles_by(SIGPIPE, SIG_DFL);
+        child_handles_by(SIGXFSZ, SIG_DFL);
     }
 }
 
-/* All signals were blocked until here. A pending one that dumps core would
- * write out the parent's memory. */
+/* All signals were blocked until here. One that dumps core would write out the
+ * parent's memory, and before Linux 5.16 kill all that share it: until the exec,
+ * which sets handlers back to the default, it is a SIGKILL. */
 IN_CHILD static void
 child_unblocks_signals(struct spawn *s)
 {
-    uint64_t pending = 0;
-    CALL2(SYS_rt_sigpending, &pending, SIGNAL_SET_SIZE);
-    if (shares_memory(s) && (pending & ~s->signal_mask & CORE_DUMPING_SIGNALS))
-        CALL2(SYS_kill, CALL0(SYS_getpid), SIGKILL);
+    for (size_t i = 0; i < sizeof CORE_DUMPING_SIGNALS; i++)
+        if (child_handler_of(CORE_DUMPING_SIGNALS[i]) == SIG_DFL)
+            child_handles_by(CORE_DUMPING_SIGNALS[i], child_dies);
     CALL4(SYS_rt_sigprocmask, SIG_SETMASK, &s->signal_mask, NULL, SIGNAL_SET_SIZE);
 }
 
@@ -509,10 +547,10 @@ child_runs(void *argument)
     if (s->no_new_privs)
         TRY(SPAWN_STEP_NO_NEW_PRIVS,
             system_call(SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
+    child_unblocks_signals(s); /* first: what kills it here kills it before its exec */
     child_enters(s, SPAWN_STEP_EXEC);
     if (!shares_memory(s))
         child_reports(s);
-    child_unblocks_signals(s);
     child_fails(s, child_execs(s));
 }
 
@@ -588,10 +626,12 @@ spawn_start(struct spawn *s)
     int ends[2];
 
     spawn_sweep();
+    if (!CAN_CLONE || (s->legacy_clone && s->clone_flags >> 32))
+        return ENOSYS;
     if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) < 0)
         return errno;
     s->tid = 1;
-    s->pidfd = -1; /* a kernel that ignores CLONE_PIDFD leaves it so */
+    s->pidfd = -1;
     s->pipe = ends[0];
     s->report = ends[1];
     s->owner = getpid();
@@ -609,10 +649,26 @@ spawn_start(struct spawn *s)
         return (int)-pid;
     }
     s->pid = (pid_t)pid;
+    if (s->pidfd < 0) { /* nobody could own such a child; before Linux 5.2 */
+        CALL2(SYS_kill, pid, SIGKILL);
+        waitpid(s->pid, NULL, __WALL);
+        close(ends[0]);
+        s->left = 1;
+        return ENOSYS;
+    }
     return 0;
 }
 
-static void
+void
+spawn_abandon(struct spawn *s)
+{
+    CALL4(SYS_pidfd_send_signal, s->pidfd, SIGKILL, NULL, 0);
+    close(s->pidfd);
+    close(s->pipe);
+}
+
+/* Whether the pipe has ended. It is read only while the child has not left. */
+static int
 read_reports(struct spawn *s)
 {
     struct report report;
@@ -621,7 +677,7 @@ read_reports(struct spawn *s)
         s->step = report.step;
         s->error = report.error;
     }
-    s->ended = count == 0;
+    return count == 0;
 }
 
 int
@@ -629,12 +685,10 @@ spawn_has_left(struct spawn *s, int exited)
 {
     if (s->left)
         return 1;
-    if (shares_memory(s)) {
-        s->left = exited || __atomic_load_n(&s->tid, __ATOMIC_ACQUIRE) == 0;
-    } else {
-        read_reports(s);
-        s->left = exited || s->ended;
-    }
+    if (shares_memory(s))
+        s->left = __atomic_load_n(&s->tid, __ATOMIC_ACQUIRE) == 0 || exited;
+    else
+        s->left = read_reports(s) || exited;
     return s->left;
 }
 
@@ -690,10 +744,10 @@ is_unused(struct spawn *s)
 }
 
 static void
-park(struct spawn *first, struct spawn *last)
+park(struct spawn *s)
 {
-    last->next_parked = atomic_load(&parked);
-    while (!atomic_compare_exchange_weak(&parked, &last->next_parked, first))
+    s->next_parked = atomic_load(&parked);
+    while (!atomic_compare_exchange_weak(&parked, &s->next_parked, s))
         ;
 }
 
@@ -703,7 +757,7 @@ spawn_release(struct spawn *s)
     if (s->left || is_unused(s))
         munmap(s->mapping, s->mapping_size);
     else
-        park(s, s);
+        park(s);
 }
 
 void
@@ -720,23 +774,29 @@ spawn_sweep(void)
 
 /* --- probing ------------------------------------------------------------------- */
 
+/* No address, as the last page of all is never mapped. */
+#define NOWHERE ((long)-8)
+
 /* Without side effects: the kernel checks the flags first, and then fails to
- * store the pidfd. CLONE_VM and CLONE_VFORK only so that a kernel which did
- * succeed would copy nothing and run the child first. */
+ * store the pidfd. CLONE_VM keeps it from copying page tables before that. An
+ * emulator might succeed all the same: its child ends at once, and touches nothing
+ * of this stack, as the system calls are inlined where memory is shared. */
 int
 spawn_probe(uint64_t clone_flags, int legacy_clone)
 {
-    uint64_t flags = clone_flags | CLONE_VM | CLONE_VFORK | CLONE_PIDFD;
-    struct clone3_arguments arguments = {.flags = flags, .pidfd = 1};
+    uint64_t flags = clone_flags | CLONE_PIDFD | (SPAWN_CAN_SHARE_MEMORY ? CLONE_VM | CLONE_VFORK : 0);
+    struct clone3_arguments arguments = {.flags = flags, .pidfd = (uint64_t)NOWHERE};
     long result;
+    if (!CAN_CLONE || (legacy_clone && clone_flags >> 32))
+        return ENOSYS;
     if (!legacy_clone)
         result = CALL2(SYS_clone3, &arguments, sizeof arguments);
 #if defined(__s390__)
     else
-        result = system_call(SYS_clone, 0, (long)(uint32_t)flags, 1, 0, 0);
+        result = system_call(SYS_clone, 0, (long)(uint32_t)flags, NOWHERE, 0, 0);
 #else
     else
-        result = system_call(SYS_clone, (long)(uint32_t)flags, 0, 1, 0, 0);
+        result = system_call(SYS_clone, (long)(uint32_t)flags, 0, NOWHERE, 0, 0);
 #endif
     if (result == 0)
         for (;;)

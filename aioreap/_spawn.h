@@ -10,7 +10,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-#if defined(__x86_64__) || defined(__aarch64__) || (defined(__riscv) && __riscv_xlen == 64)
+#if __SIZEOF_POINTER__ == 8 && (defined(__x86_64__) || defined(__aarch64__) || defined(__riscv))
 #define SPAWN_CAN_SHARE_MEMORY 1
 #else
 #define SPAWN_CAN_SHARE_MEMORY 0
@@ -45,7 +45,6 @@ struct spawn {
     uint32_t step;
     int32_t error;
     int left;
-    int ended;
 
     uint64_t clone_flags;
     int exit_signal;
@@ -91,12 +90,16 @@ struct spawn *spawn_new(size_t data);
 /* `size` bytes of the room asked for, aligned for a pointer. */
 void *spawn_allocate(struct spawn *, size_t size);
 
-/* Start the child: 0, or an errno and there is no child. */
+/* Start the child: 0, or an errno and there is no child. ENOSYS also where a
+ * kernel ignores a part of clone_flags: legacy clone has no bits above 31. */
 int spawn_start(struct spawn *);
 
 /* Whether the child has left the caller's memory, so that step and error are
  * final. `exited` says that its pidfd has become readable. */
 int spawn_has_left(struct spawn *, int exited);
+
+/* Kill the child that spawn_start() made, and close its descriptors. */
+void spawn_abandon(struct spawn *);
 
 /* Unmap the spawn, or keep it until its child has left it. */
 void spawn_release(struct spawn *);

@@ -96,9 +96,14 @@ def spawn(plan: SpawnPlan) -> tuple[int, int]:
             if error.filename is not None and plan.cwd_descriptor >= 0:
                 error.filename = plan.options.get("cwd", error.filename)
             raise
-        _, (pidfd,), _, _ = socket.recv_fds(ours, _FAILURE.size, 1, socket.MSG_DONTWAIT)
-        os.set_inheritable(pidfd, False)
-    return process.pid, pidfd
+        theirs.close()
+        ours.setblocking(False)
+        _, pidfds, _, _ = socket.recv_fds(ours, _FAILURE.size, 1)
+        if not pidfds:  # for Popen, no message is no failure
+            process.wait()
+            raise plan.error_for(_clone.STEP_START, 0)
+        os.set_inheritable(pidfds[0], False)
+    return process.pid, pidfds[0]
 
 
 def _raise_reported(plan: SpawnPlan, channel: socket.socket) -> None:

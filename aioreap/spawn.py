@@ -355,7 +355,7 @@ class SpawnPlan:
             "autoreap",
             True,
         ):
-            rungs.append((True, self.shares_memory, False))
+            rungs += [(True, True, False)] * self.shares_memory
             rungs.append((True, False, False))
         return rungs
 

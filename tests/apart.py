@@ -1,0 +1,79 @@
+"""Runs a coroutine in a forked copy of the tests, for what a process cannot take back."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from conftest import _LOOPS, blocks_mapped, children, open_descriptors
+
+import aioreap
+from aioreap import watcher
+
+NOBODY = 54321  # a user that has no processes and no name
+
+Factory = Callable[[], asyncio.AbstractEventLoop]
+
+on_both_loops = pytest.mark.parametrize("make_loop", _LOOPS.values(), ids=_LOOPS)
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+def become_an_ordinary_user() -> None:
+    """Give up root, for good."""
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+def _report_of(make_loop: Factory, main: Callable[[], Coroutine[Any, Any, None]]) -> str:
+    family, blocks = children(), blocks_mapped()
+    before: dict[int, str] | None = None
+
+    async def watched() -> None:
+        nonlocal before
+        # libuv opens /dev/null at a loop's first stream, and keeps it.
+        await (await aioreap.create_subprocess_exec("true", stdin=-1)).communicate()
+        before = open_descriptors()
+        await main()
+        gc.collect()
+        after = open_descriptors()
+        left = {n: what for n, what in after.items() if n not in before}
+        assert not left, f"descriptors left: {left}"
+
+    try:
+        with asyncio.Runner(loop_factory=make_loop) as runner:
+            runner.run(watched())
+        watcher.reap_orphans()
+        assert children() == family
+        assert blocks_mapped() <= blocks
+    except BaseException:  # noqa: BLE001 - the caller raises it
+        return traceback.format_exc()
+    return ""
+
+
+def run_apart(make_loop: Factory, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run main() on a new loop in a forked copy: what fails there fails here.
+
+    That no child, no descriptor and no block is left is asserted as well.
+    """
+    read_end, write_end = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # in_thread.py has two threads
+        copy = os.fork()
+    if copy == 0:
+        try:
+            os.close(read_end)
+            os.write(write_end, _report_of(make_loop, main).encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with open(read_end, encoding="utf-8") as reader:
+        report = reader.read()
+    assert os.waitpid(copy, 0)[1] == 0
+    assert not report, report

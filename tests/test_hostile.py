@@ -1,0 +1,101 @@
+"""Hostile company: others reap our children, or have them reaped, and every status is right."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import aioreap
+
+COUNT = int(os.environ.get("AIOREAP_HOSTILE_COUNT", "1000"))
+AT_ONCE = 16
+
+# What others have reaped.
+stolen: list[int] = []
+
+
+@pytest.fixture(autouse=True)
+def _statuses_survive(backend: str) -> None:
+    stolen.clear()
+    exit_info = aioreap.backend().features["exit_info"]
+    if backend != "autoreap" and not exit_info.available:
+        pytest.skip(f"a status can be lost on this kernel; exit_info: {exit_info.answer}")
+
+
+async def expect_every_status(backend: str) -> None:
+    """Each of COUNT children says 3; a fifth as many where Popen makes them, one by one."""
+    count = COUNT // 5 if backend == "popen" else COUNT
+    expected = iter(range(count))
+    statuses: list[int] = []
+
+    async def several() -> None:
+        for _ in expected:
+            process = await aioreap.create_subprocess_exec("/bin/sh", "-c", "exit 3")
+            statuses.append(await process.wait())
+
+    await asyncio.gather(*(several() for _ in range(AT_ONCE)))
+    assert [status for status in statuses if status != 3] == []
+    assert len(statuses) == count
+
+
+def reap_everything(flags: int) -> None:
+    """waitpid(-1) until there is no child left to reap."""
+    try:
+        while pid := os.waitpid(-1, flags)[0]:
+            stolen.append(pid)
+    except ChildProcessError:
+        pass
+
+
+def reaping_handler(_number: int, _frame: object) -> None:
+    reap_everything(os.WNOHANG)
+
+
+Action = signal.Handlers | Callable[[int, object], None]
+
+
+@pytest.fixture
+def on_sigchld(request: pytest.FixtureRequest) -> Iterator[Action]:
+    """What happens at SIGCHLD during the test."""
+    before = signal.signal(signal.SIGCHLD, request.param)
+    yield request.param
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.main_thread
+@pytest.mark.parametrize(
+    "on_sigchld",
+    [reaping_handler, signal.SIG_IGN, signal.SIG_DFL],
+    indirect=True,
+    ids=["handler-that-reaps-all", "ignored", "default"],
+)
+async def test_every_status_is_right_whatever_sigchld_does(
+    on_sigchld: Action, backend: str
+) -> None:
+    await expect_every_status(backend)
+    assert signal.getsignal(signal.SIGCHLD) == on_sigchld
+    if on_sigchld is reaping_handler:
+        assert bool(stolen) == (backend != "autoreap")
+
+
+async def test_every_status_is_right_beside_a_thread_that_reaps_all(backend: str) -> None:
+    over = threading.Event()
+
+    def reap() -> None:
+        while not over.is_set():
+            reap_everything(0)
+            os.sched_yield()
+
+    thread = threading.Thread(target=reap)
+    thread.start()
+    try:
+        await expect_every_status(backend)
+    finally:
+        over.set()
+        thread.join()
+    assert bool(stolen) == (backend != "autoreap")

@@ -1,0 +1,519 @@
+"""Hard times: whatever fails, at whatever step, is an error that leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import gc
+import itertools
+import os
+import resource
+import select
+import signal
+import socket
+import subprocess
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from apart import NOBODY, Factory, as_root, become_an_ordinary_user, on_both_loops, run_apart
+from conftest import _LOOPS, children, open_descriptors
+from test_launch import HeldProgram, turns, until
+from test_loops import FACTORIES
+
+import aioreap
+from aioreap import _clone, kernel, launch, spawn
+
+PIPES: dict[str, int] = {"stdin": -1, "stdout": -1, "stderr": -1}
+
+
+async def expect_that_a_spawn_works() -> None:
+    process = await aioreap.create_subprocess_exec("/bin/sh", "-c", "cat; exit 3", **PIPES)  # type: ignore[arg-type]
+    assert await process.communicate(b"in") == (b"in", b"")
+    assert process.returncode == 3
+
+
+async def error_of(*command: Any, **options: Any) -> OSError:
+    """The error of a spawn that fails at once, and leaves no child."""
+    with pytest.raises(OSError, match=".") as caught:
+        await aioreap.create_subprocess_exec(*command, **options)
+    assert children() == []
+    return caught.value
+
+
+@contextlib.contextmanager
+def limited(name: int, soft: int) -> Iterator[None]:
+    """This process's limit lowered for a while."""
+    before = resource.getrlimit(name)
+    resource.setrlimit(name, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(name, before)
+
+
+def next_descriptor() -> int:
+    descriptor = os.dup(0)
+    os.close(descriptor)
+    return descriptor
+
+
+# No more descriptors, no more processes.
+
+
+async def test_emfile_at_each_descriptor_of_a_spawn_leaves_nothing() -> None:
+    """A limit of so many descriptors that the spawn fails at its first one, its second, ..."""
+    await expect_that_a_spawn_works()  # libuv has the descriptor now that it keeps
+    before = open_descriptors()
+    lowest = next_descriptor()
+    for limit in itertools.count(lowest):
+        process = error = None
+        with limited(resource.RLIMIT_NOFILE, limit):
+            try:
+                process = await aioreap.create_subprocess_exec("cat", **PIPES)  # type: ignore[arg-type]
+            except OSError as caught:
+                error = caught.errno
+        if process is not None:
+            assert await process.communicate(b"in") == (b"in", b"")
+            break
+        assert error == errno.EMFILE
+        assert children() == []
+        assert open_descriptors() == before
+    # Three pipes, the exec pipe or what Popen has in its place, and a pidfd.
+    assert limit - lowest >= 9
+
+
+@pytest.mark.clone_backends
+async def test_emfile_at_each_descriptor_of_a_deferred_spawn_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is kept for a later turn of the loop takes more of them."""
+    monkeypatch.setattr(launch, "TURN_BUDGET_NS", 1)
+    await expect_that_a_spawn_works()
+    before, loop = open_descriptors(), asyncio.get_running_loop()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = next_descriptor()
+    for limit in itertools.count(lowest):
+        # In one turn: a spawn that takes it all, the limit, and the spawn that is deferred.
+        first = asyncio.ensure_future(aioreap.create_subprocess_exec("true"))
+        loop.call_soon(resource.setrlimit, resource.RLIMIT_NOFILE, (limit, hard[1]))
+        second = asyncio.ensure_future(aioreap.create_subprocess_exec("cat", **PIPES))  # type: ignore[arg-type]
+        await asyncio.wait([first, second])
+        resource.setrlimit(resource.RLIMIT_NOFILE, hard)
+        assert await first.result().wait() == 0
+        error = second.exception()
+        if error is None:
+            assert await second.result().communicate(b"in") == (b"in", b"")
+            break
+        assert isinstance(error, OSError)
+        assert error.errno == errno.EMFILE
+        del first, second, error
+        assert children() == []
+        gc.collect()
+        assert open_descriptors() == before
+    assert limit - lowest >= 10
+
+
+@as_root
+@on_both_loops
+def test_a_user_with_too_many_processes_is_told_eagain(make_loop: Factory) -> None:
+    async def main() -> None:
+        become_an_ordinary_user()
+        await expect_that_a_spawn_works()
+        with limited(resource.RLIMIT_NPROC, 1):
+            for options in ({}, PIPES, {"user": NOBODY}, {"preexec_fn": os.getpid}):
+                error = await error_of("true", **options)
+                assert type(error) is BlockingIOError
+                assert error.errno == errno.EAGAIN
+        await expect_that_a_spawn_works()
+
+    run_apart(make_loop, main)
+
+
+# Calls that fail.
+
+
+def failing(call: Callable[..., Any], at: int, error: Exception) -> Callable[..., Any]:
+    """`call`, but the call number `at` fails."""
+    numbers = itertools.count(1)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if next(numbers) == at:
+            raise error
+        return call(*args, **kwargs)
+
+    return counted
+
+
+def os_error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM])
+async def test_a_clone_that_fails_is_that_error(
+    monkeypatch: pytest.MonkeyPatch, number: int, backend: str
+) -> None:
+    where = (subprocess, "_fork_exec") if backend == "popen" else (_clone, "spawn")
+    call = failing(getattr(*where), 1, os_error(number))
+    monkeypatch.setattr(*where, call)
+    error = await error_of("true", **PIPES)
+    assert (error.errno, error.strerror) == (number, os.strerror(number))
+    await expect_that_a_spawn_works()
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+async def test_a_pipe_that_cannot_be_made_is_that_error(
+    monkeypatch: pytest.MonkeyPatch, at: int, number: int
+) -> None:
+    monkeypatch.setattr(os, "pipe", failing(os.pipe, at, os_error(number)))
+    assert (await error_of("true", **PIPES)).errno == number
+    await expect_that_a_spawn_works()
+
+
+@pytest.mark.parametrize("pipes", [PIPES, {}], ids=["pipes", "no-pipes"])
+@pytest.mark.parametrize("at", [1, 2])
+async def test_a_reader_that_cannot_be_added_is_that_error(
+    monkeypatch: pytest.MonkeyPatch, at: int, pipes: dict[str, int], backend: str
+) -> None:
+    """The first is that of the pidfd, the second that of the exec pipe."""
+    if at == 2 and backend == "popen":
+        pytest.skip("no exec pipe")
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(loop, "add_reader", failing(loop.add_reader, at, os_error(errno.ENOSPC)))
+    assert (await error_of("cat", **pipes)).errno == errno.ENOSPC
+    await expect_that_a_spawn_works()
+
+
+@pytest.mark.parametrize(
+    ("name", "at"), [("connect_write_pipe", 1), ("connect_read_pipe", 1), ("connect_read_pipe", 2)]
+)
+@pytest.mark.parametrize("program", ["cat", "/nonexistent"])
+async def test_a_pipe_that_cannot_be_connected_is_that_error(
+    monkeypatch: pytest.MonkeyPatch, name: str, at: int, program: str, backend: str
+) -> None:
+    loop = asyncio.get_running_loop()
+    call = failing(getattr(loop, name), at, os_error(errno.ENOSPC))
+    monkeypatch.setattr(loop, name, call)
+    expected = {errno.ENOSPC}
+    if backend == "popen" and program != "cat":
+        expected = {errno.ENOSPC, errno.ENOENT}  # Popen knows already that there is no program
+    assert (await error_of(program, **PIPES)).errno in expected
+    monkeypatch.undo()
+    await expect_that_a_spawn_works()
+
+
+async def test_a_pidfd_that_there_is_no_room_for_is_emfile(
+    monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """The kernel then truncates what Popen's child sends, and says so."""
+    if backend != "popen":
+        pytest.skip("the clone itself fails then")
+    message = bytes(8), [], socket.MSG_CTRUNC, None
+    real = socket.recv_fds
+    monkeypatch.setattr(socket, "recv_fds", lambda *_: message)
+    assert (await error_of("cat", **PIPES)).errno == errno.EMFILE
+    monkeypatch.setattr(socket, "recv_fds", real)
+    await expect_that_a_spawn_works()
+
+
+async def test_a_loop_without_readers_is_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(loop, "add_reader", failing(loop.add_reader, 1, NotImplementedError()))
+    with pytest.raises(NotImplementedError):
+        await aioreap.create_subprocess_exec("cat", **PIPES)  # type: ignore[arg-type]
+    assert children() == []
+    await expect_that_a_spawn_works()
+
+
+# Calls that are refused.
+
+
+class Refusing:
+    """_clone.spawn() behind a filter: what is in `refused` cannot be had."""
+
+    def __init__(self, refused: set[str], number: int) -> None:
+        self.calls: list[str] = []
+        self._refused = refused
+        self._number = number
+        self._real = _clone.spawn
+
+    def __call__(self, *arguments: Any) -> tuple[int, int, int, _clone.Block]:
+        flags, legacy = arguments[15], arguments[17]
+        name = f"{'clone' if legacy else 'clone3'} {'sharing' if flags & kernel.CLONE_VM else 'copying'}"
+        self.calls.append(name)
+        if name in self._refused:
+            raise os_error(self._number)
+        return self._real(*arguments)
+
+
+LADDER = ["clone3 sharing", "clone sharing", "clone copying"]
+
+
+@pytest.fixture
+def unforced(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """The backend is what it is, but nobody insists on it."""
+    monkeypatch.delenv("AIOREAP_BACKEND")
+    monkeypatch.setattr(kernel, "_backend", None)
+    found = kernel.backend()
+    if found.name != backend:
+        pytest.skip(f"this kernel's is {found.name}")
+
+
+@pytest.mark.clone_backends
+@pytest.mark.usefixtures("unforced")
+@pytest.mark.parametrize(
+    "number", [errno.EPERM, errno.ENOSYS, errno.EINVAL], ids=errno.errorcode.get
+)
+@pytest.mark.parametrize("rungs", range(4))
+async def test_a_refused_clone_falls_down_the_ladder(
+    monkeypatch: pytest.MonkeyPatch, rungs: int, number: int
+) -> None:
+    refusing = Refusing(set(LADDER[:rungs]), number)
+    monkeypatch.setattr(_clone, "spawn", refusing)
+    await expect_that_a_spawn_works()
+    assert refusing.calls == LADDER[: rungs + 1]
+    error = await error_of("/nonexistent", **PIPES)
+    assert (error.errno, error.filename) == (errno.ENOENT, "/nonexistent")
+
+
+@pytest.mark.clone_backends
+@pytest.mark.usefixtures("unforced")
+@as_root
+@pytest.mark.parametrize(
+    "refused", [set(), {"clone3 copying"}, {"clone3 copying", "clone copying"}]
+)
+async def test_what_must_not_share_memory_never_does_on_the_ladder(
+    monkeypatch: pytest.MonkeyPatch, refused: set[str]
+) -> None:
+    refusing = Refusing(refused, errno.ENOSYS)
+    monkeypatch.setattr(_clone, "spawn", refusing)
+    process = await aioreap.create_subprocess_exec("id", "-u", stdout=-1, user=1234)
+    assert await process.communicate() == (b"1234\n", None)
+    assert not any("sharing" in call for call in refusing.calls)
+
+
+@pytest.mark.clone_backends
+async def test_a_forced_backend_that_is_refused_is_the_refusals_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_clone, "spawn", Refusing(set(LADDER), errno.EPERM))
+    assert (await error_of("true", **PIPES)).errno == errno.EPERM
+    monkeypatch.undo()
+
+
+# Cancellation, at each await.
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "at-each-turn"])
+@pytest.mark.parametrize("program", ["true", "/nonexistent"])
+@pytest.mark.parametrize("pipes", [PIPES, {}], ids=["pipes", "no-pipes"])
+async def test_a_cancellation_at_any_turn_leaves_nothing(
+    pipes: dict[str, int], program: str, again: bool
+) -> None:
+    """Later and later, until the call is over before it is cancelled."""
+    await expect_that_a_spawn_works()
+    before = open_descriptors()
+    for turn in itertools.accumulate(range(200), lambda count, _: count + 1 + count // 8):
+        creating = asyncio.ensure_future(aioreap.create_subprocess_exec(program, **pipes))  # type: ignore[arg-type]
+        await turns(turn)
+        creating.cancel()
+        while not creating.done():
+            await asyncio.sleep(0)
+            if again:
+                creating.cancel()
+        if not creating.cancelled():
+            break
+        if again:  # then nobody waits for a child that dies slowly; the loop reaps it
+            await until(lambda: not children())
+        assert children() == []
+        assert open_descriptors() == before
+    if program == "true":
+        process = creating.result()
+        await process.communicate()
+        assert process.returncode == 0
+    else:
+        assert isinstance(creating.exception(), FileNotFoundError)
+    assert turn > 2
+
+
+@pytest.mark.clone_backends
+@pytest.mark.parametrize("again", [False, True], ids=["once", "at-each-turn"])
+@pytest.mark.parametrize("pipes", [PIPES, {}], ids=["pipes", "no-pipes"])
+async def test_a_cancellation_while_the_program_is_loaded_leaves_nothing(
+    tmp_path: Path, pipes: dict[str, int], again: bool
+) -> None:
+    await expect_that_a_spawn_works()
+    before = open_descriptors()
+    for turn in [*range(1, 30), 1000]:
+        held = HeldProgram(tmp_path / "held")
+        creating = asyncio.ensure_future(aioreap.create_subprocess_exec(held.path, **pipes))  # type: ignore[arg-type]
+        await turns(turn)
+        assert not creating.done()
+        while not creating.done():
+            if again or not creating.cancelling():
+                creating.cancel()
+            await asyncio.sleep(0)
+        assert creating.cancelled()
+        held.close()
+        if again:
+            await until(lambda: not children())
+        assert children() == []
+        assert open_descriptors() == before
+        held.path.unlink()
+
+
+@pytest.mark.clone_backends
+@pytest.mark.parametrize("pipes", [PIPES, {}], ids=["pipes", "no-pipes"])
+async def test_a_call_that_is_closed_while_it_waits_leaves_nothing(
+    tmp_path: Path, pipes: dict[str, int]
+) -> None:
+    """Thrown away by whoever drives it: GeneratorExit, and nothing can be awaited."""
+    held = HeldProgram(tmp_path / "held")
+    creating = aioreap.create_subprocess_exec(held.path, **pipes)  # type: ignore[arg-type]
+    creating.send(None)
+    assert children() != []
+    creating.close()
+    await until(lambda: not children())
+    held.close()
+    await expect_that_a_spawn_works()
+
+
+# A death before the exec.
+
+
+def broken(held: HeldProgram) -> bool:
+    """Whether a child stands in execve() and waits for the lease."""
+    return fcntl.fcntl(held._descriptor, fcntl.F_GETLEASE) != fcntl.F_WRLCK
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGQUIT])
+@pytest.mark.parametrize("pipes", [PIPES, {}], ids=["pipes", "no-pipes"])
+async def test_a_signal_in_the_exec_is_the_childs_status(
+    tmp_path: Path, number: int, pipes: dict[str, int]
+) -> None:
+    """From another thread, as Popen does not return before."""
+    held = HeldProgram(tmp_path / "held")
+
+    def kill() -> None:
+        while not broken(held):
+            os.sched_yield()
+        for pid in children():
+            os.kill(pid, number)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    process = await aioreap.create_subprocess_exec(held.path, **pipes)  # type: ignore[arg-type]
+    await process.communicate()
+    assert process.returncode == -number
+    killer.join()
+    held.close()
+
+
+# Loops that are closed.
+
+ALL_FACTORIES: dict[str, Factory] = {**_LOOPS, **FACTORIES}
+
+
+@pytest.fixture(params=ALL_FACTORIES)
+def factory(request: pytest.FixtureRequest) -> Factory:
+    return ALL_FACTORIES[request.param]
+
+
+@contextlib.contextmanager
+def one_warning_of_ours(count: int = 1) -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+        gc.collect()
+    ours = [w for w in caught if "still ran when its event loop was closed" in str(w.message)]
+    assert [w.category for w in ours] == [ResourceWarning] * count
+    # uvloop itself warns of its handles on the pipes, which only a running loop can close.
+    others = [str(w.message) for w in caught if w not in ours]
+    assert all("UnixTransport" in other or "unclosed resource" in other for other in others), others
+
+
+def watched_children() -> select.poll:
+    """Readable when one of them has died."""
+    (pid,) = children()
+    poll = select.poll()
+    poll.register(os.pidfd_open(pid), select.POLLIN)
+    return poll
+
+
+def expect_death_of(pidfd: int) -> None:
+    """That it dies, and that the next spawn at the latest leaves nothing of it."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    assert poll.poll(60_000), "the child lives"
+    os.close(pidfd)
+    asyncio.run(expect_that_a_spawn_works())
+    assert children() == []
+
+
+@pytest.mark.parametrize("pipes", [PIPES, {"stdin": -1}, {}], ids=["pipes", "stdin", "no-pipes"])
+def test_closing_any_loop_under_a_child_is_one_warning_and_its_death(
+    factory: Factory, pipes: dict[str, int]
+) -> None:
+    with one_warning_of_ours():
+        loop = factory()
+        process = loop.run_until_complete(
+            aioreap.create_subprocess_exec("sleep", "1000", **pipes)  # type: ignore[arg-type]
+        )
+        pidfd = os.pidfd_open(process.pid)
+        loop.close()
+        del process, loop
+        gc.collect()
+    expect_death_of(pidfd)
+
+
+@pytest.mark.clone_backends
+@pytest.mark.parametrize("pipes", [PIPES, {}], ids=["pipes", "no-pipes"])
+def test_closing_any_loop_under_a_program_being_loaded_is_one_warning_and_its_death(
+    factory: Factory, pipes: dict[str, int], tmp_path: Path
+) -> None:
+    held = HeldProgram(tmp_path / "held")
+    with one_warning_of_ours():
+        loop = factory()
+        creating = loop.create_task(aioreap.create_subprocess_exec(held.path, **pipes))  # type: ignore[arg-type]
+        creating._log_destroy_pending = False  # type: ignore[attr-defined]
+        loop.run_until_complete(until(lambda: broken(held)))
+        (pid,) = children()
+        pidfd = os.pidfd_open(pid)
+        loop.close()
+        del creating, loop
+        gc.collect()
+    held.close()
+    expect_death_of(pidfd)
+
+
+@pytest.mark.clone_backends
+def test_closing_any_loop_before_a_deferred_spawn_leaves_nothing(
+    factory: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "TURN_BUDGET_NS", 1)
+
+    async def several() -> None:
+        for _ in range(10):
+            creating = asyncio.ensure_future(aioreap.create_subprocess_exec("true", **PIPES))  # type: ignore[arg-type]
+            creating._log_destroy_pending = False  # type: ignore[attr-defined]
+            kept.append(creating)
+        await asyncio.sleep(0)
+
+    kept: list[asyncio.Future[aioreap.Process]] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        loop = factory()
+        loop.run_until_complete(several())
+        assert len(spawn.in_flight) < 10
+        loop.close()
+        kept.clear()
+        del loop
+        gc.collect()
+    while children():
+        asyncio.run(expect_that_a_spawn_works())
