@@ -274,6 +274,24 @@ clone_probe(PyObject *Py_UNUSED(module), PyObject *arguments)
 }
 
 static PyObject *
+clone_environment(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    PyObject *list = PyList_New(0);
+    for (char **variable = environ; list != NULL && variable != NULL && *variable != NULL;
+         variable++) {
+        PyObject *bytes = PyBytes_FromString(*variable);
+        if (bytes == NULL || PyList_Append(list, bytes) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(bytes);
+    }
+    if (list == NULL)
+        return NULL;
+    PyObject *tuple = PyList_AsTuple(list);
+    Py_DECREF(list);
+    return tuple;
+}
+
+static PyObject *
 clone_set_no_new_privs(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
@@ -288,6 +306,7 @@ static PyMethodDef methods[] = {
     {"outcome", clone_outcome, METH_VARARGS, NULL},
     {"step", clone_step, METH_O, NULL},
     {"probe", clone_probe, METH_VARARGS, NULL},
+    {"environment", clone_environment, METH_NOARGS, NULL},
     {"set_no_new_privs", clone_set_no_new_privs, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -59,5 +59,8 @@ def step(block: Block, /) -> int:
 def probe(clone_flags: int, legacy_clone: bool, /) -> int:
     """The errno of a clone that cannot succeed: EFAULT if the kernel knows the flags."""
 
+def environment() -> tuple[bytes, ...]:
+    """The environment that a child inherits, as ``name=value``."""
+
 def set_no_new_privs() -> None:
     """Set no_new_privs for the calling thread, for good."""

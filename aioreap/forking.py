@@ -7,6 +7,7 @@ So the child opens it, before its exec, and sends it through a socket.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -57,6 +58,9 @@ def _popen_arguments(plan: SpawnPlan) -> dict[str, Any]:
     cwd: Any = plan.options.get("cwd")
     if plan.cwd_descriptor >= 0:
         cwd = os.path.join(b"/proc/self/fd/%d" % plan.cwd_descriptor, plan.cwd or b"")
+    env = plan.options.get("env")
+    if env is None and plan.envp is not None:  # frozen
+        env = dict(variable.split(b"=", 1) for variable in plan.envp)
     return {
         "args": plan.arguments,
         "executable": plan.program,
@@ -66,7 +70,7 @@ def _popen_arguments(plan: SpawnPlan) -> dict[str, Any]:
         "close_fds": plan.close_fds,
         "pass_fds": [target for _, target in plan.descriptors if target not in (0, 1, 2)],
         "cwd": cwd,
-        "env": None if plan.envp is None else dict(v.split(b"=", 1) for v in plan.envp),
+        "env": env,
         "restore_signals": plan.restore_signals,
         "start_new_session": plan.new_session,
         "process_group": None if plan.process_group < 0 else plan.process_group,
@@ -86,6 +90,7 @@ def spawn(plan: SpawnPlan) -> tuple[int, int]:
     cgroup_procs = plan.open_cgroup_procs() if plan.cgroup >= 0 else -1
     ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
     with ours, theirs:
+        room = os.dup(ours.fileno())  # for the pidfd: EMFILE while there is no child
         prepare = _in_child(plan, theirs, cgroup_procs)
         try:
             process = _Popen(preexec_fn=prepare, **_popen_arguments(plan))
@@ -96,12 +101,15 @@ def spawn(plan: SpawnPlan) -> tuple[int, int]:
             if error.filename is not None and plan.cwd_descriptor >= 0:
                 error.filename = plan.options.get("cwd", error.filename)
             raise
+        finally:
+            os.close(room)
         theirs.close()
         ours.setblocking(False)
-        _, pidfds, _, _ = socket.recv_fds(ours, _FAILURE.size, 1)
-        if not pidfds:  # for Popen, no message is no failure
+        message, pidfds, _, _ = socket.recv_fds(ours, _FAILURE.size, 1)
+        if not pidfds:  # killed before it could send it, or another thread took the room
+            process.kill()
             process.wait()
-            raise plan.error_for(_clone.STEP_START, 0)
+            raise plan.error_for(_clone.STEP_START, errno.EMFILE if message else 0)
         os.set_inheritable(pidfds[0], False)
     return process.pid, pidfds[0]
 

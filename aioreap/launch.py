@@ -95,7 +95,7 @@ class Launch:
         self._aborted = True
         self._plan.close()
         child = self.child
-        if child is None:
+        if child is None or child.pidfd < 0:
             return
         with contextlib.suppress(PermissionError):  # it runs a set-user-ID program
             child.send_signal(signal.SIGKILL)

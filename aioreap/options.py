@@ -6,7 +6,7 @@ import grp
 import os
 import pwd
 from collections.abc import Callable, Iterable, Mapping
-from typing import IO, Any, TypeAlias, TypedDict
+from typing import IO, Any, Final, TypeAlias, TypedDict
 
 StrOrBytesPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Stdio: TypeAlias = int | IO[Any] | None
@@ -50,26 +50,55 @@ class Options(TypedDict, total=False):
     cgroup: StrOrBytesPath | int | None
 
 
-def _number(what: str, name: object, look_up: Callable[[str], int]) -> int:
-    if isinstance(name, str):
-        return look_up(name)
-    if not isinstance(name, int):
-        raise TypeError(f"{what} must be a string or an integer, not {type(name)}")
-    if name < 0:
-        raise ValueError(f"{what} ID cannot be negative, got {name}")
-    if name >= 2**32 - 1:
-        raise OverflowError(f"{what.lower()} ID is greater than maximum")
-    return name
+_LARGEST_ID: Final = 2**32 - 2  # all ones mean "none" to the kernel
+
+
+def _id(kind: str, name: str | int, look_up: Callable[[str], int]) -> int:
+    number = look_up(name) if isinstance(name, str) else name
+    if number < 0:
+        raise ValueError(f"{kind} ID cannot be negative, got {number}")
+    if number > _LARGEST_ID:
+        raise OverflowError(f"{kind.lower()} ID is greater than maximum")
+    return number
+
+
+def _gid(name: str) -> int:
+    return grp.getgrnam(name).gr_gid
+
+
+def _uid(name: str) -> int:
+    return pwd.getpwnam(name).pw_uid
 
 
 def group_id(group: object) -> int:
-    """The number of a group given by name or number, with subprocess's errors."""
-    return _number("Group", group, lambda name: grp.getgrnam(name).gr_gid)
+    """The number of `group`, given by name or number, with subprocess's errors."""
+    if not isinstance(group, str | int):
+        raise TypeError(f"Group must be a string or an integer, not {type(group)}")
+    return _id("Group", group, _gid)
+
+
+def groups_ids(groups: Iterable[object]) -> tuple[int, ...]:
+    """The numbers of `groups`, given by name or number, with subprocess's errors."""
+    if isinstance(groups, str):
+        raise ValueError("Groups must be a list, not a string")  # noqa: TRY004 - as subprocess
+    numbers = []
+    for group in groups:
+        if not isinstance(group, str | int):
+            raise TypeError(f"Items in extra_groups must be a string or integer, not {type(group)}")
+        try:
+            numbers.append(_id("Group", group, _gid))
+        except OverflowError:
+            raise ValueError("invalid group id") from None
+    if len(numbers) > os.sysconf("SC_NGROUPS_MAX"):
+        raise ValueError("too many groups")
+    return tuple(numbers)
 
 
 def user_id(user: object) -> int:
-    """The number of a user given by name or number, with subprocess's errors."""
-    return _number("User", user, lambda name: pwd.getpwnam(name).pw_uid)
+    """The number of `user`, given by name or number, with subprocess's errors."""
+    if not isinstance(user, str | int):
+        raise TypeError("User must be a string or an integer")
+    return _id("User", user, _uid)
 
 
 def environment(env: Mapping[Any, Any]) -> tuple[bytes, ...]:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import IO, Any, Final, NamedTuple
 
 from aioreap import _clone, forking, kernel
-from aioreap.options import Options, Stdio, environment, group_id, user_id
+from aioreap.options import Options, Stdio, environment, group_id, groups_ids, user_id
+from aioreap.surroundings import Surroundings, umask
 
 
 class Spawned(NamedTuple):
@@ -70,23 +71,16 @@ def _close_plans() -> None:
 
 os.register_at_fork(after_in_child=_close_plans)
 
+_LARGEST_INT: Final = 2**31 - 1
 _PIPE_ENDS: Final = {0: (0, 1), 1: (1, 0), 2: (1, 0)}  # (child's, parent's) of os.pipe()
+
+
+def _is_by_fork(options: Options) -> bool:
+    return options.get("preexec_fn") is not None or kernel.backend().name == "popen"
 
 
 def _standard_output() -> int:
     return 1 if sys.__stdout__ is None else sys.__stdout__.fileno()
-
-
-def _current_umask() -> int:
-    """This process's umask, read without setting it (Linux 4.7), or -1."""
-    try:
-        with open("/proc/self/status", "rb") as status:
-            for line in status:
-                if line.startswith(b"Umask:"):
-                    return int(line.split()[1], 8)
-    except OSError:
-        pass
-    return -1
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -118,6 +112,8 @@ class SpawnPlan:
     descriptors: list[tuple[int, int]] = field(default_factory=list)
     pipes: dict[int, int] = field(default_factory=dict)
     _own: list[int] = field(default_factory=list)
+    _null: int = -1
+    _surroundings: Surroundings | None = None
 
     @classmethod
     def of(
@@ -160,7 +156,8 @@ class SpawnPlan:
                 arguments[0] = executable
         program = arguments[0] if executable is None else executable
         cwd, env = options.get("cwd"), options.get("env")
-        sys.audit("subprocess.Popen", program, arguments, cwd, env)
+        if not _is_by_fork(options):  # else Popen raises it
+            sys.audit("subprocess.Popen", program, arguments, cwd, env)
 
         envp = None if env is None else environment(env)
         path = os.fsencode(program)
@@ -181,6 +178,8 @@ class SpawnPlan:
     def _check(self, options: Options) -> None:
         if options.get("startupinfo") is not None:
             raise ValueError("startupinfo is only supported on Windows platforms")
+        if not isinstance(options.get("pipesize", -1), int):
+            raise TypeError("pipesize must be an integer")
         if options.get("creationflags", 0) != 0:
             raise ValueError("creationflags is only supported on Windows platforms")
         if any(b"\0" in string for string in (*self.argv, *(self.envp or ()), self.cwd or b"")):
@@ -201,16 +200,14 @@ class SpawnPlan:
         if options.get("group") is not None:
             self.gid = group_id(options["group"])
         extra_groups = options.get("extra_groups")
-        if isinstance(extra_groups, str):
-            raise ValueError("Groups must be a list, not a string")  # noqa: TRY004 - as subprocess
         if extra_groups is not None:
-            self.groups = tuple(map(group_id, extra_groups))
+            self.groups = groups_ids(extra_groups)
         if options.get("user") is not None:
             self.uid = user_id(options["user"])
 
     def _open(self, stdin: Stdio, stdout: Stdio, stderr: Stdio, options: Options) -> None:
         passed = {operator.index(d) for d in options.get("pass_fds", ())}
-        if any(d < 0 for d in passed):
+        if any(not 0 <= d <= _LARGEST_INT for d in passed):
             raise ValueError("bad value(s) in fds_to_keep")
         for descriptor in passed:
             os.get_inheritable(descriptor)  # EBADF, while none of ours can have its number
@@ -219,6 +216,7 @@ class SpawnPlan:
             self.close_fds = True
         cgroup = options.get("cgroup")
         if isinstance(cgroup, int):
+            os.fstat(cgroup)  # EBADF
             self.cgroup = cgroup
         elif cgroup is not None:
             self.cgroup = self._keep(os.open(cgroup, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
@@ -237,7 +235,9 @@ class SpawnPlan:
         if given == subprocess.PIPE:
             return self._open_pipe(target, options.get("pipesize", -1))
         if given == subprocess.DEVNULL:
-            return self._keep(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+            if self._null < 0:
+                self._null = self._keep(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+            return self._null
         return given if isinstance(given, int) else given.fileno()
 
     def _keep(self, descriptor: int) -> int:
@@ -261,30 +261,26 @@ class SpawnPlan:
         close_fds=False, other inheritable descriptors are not.)
         """
         if self.envp is None:
-            self.envp = tuple(k + b"=" + v for k, v in os.environb.items())
-        self.cwd_descriptor = self._keep(os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            self.envp = _clone.environment()
         if self.umask < 0:
-            self.umask = _current_umask()
-        targets = {target for _, target in self.descriptors}
-        for target in {0, 1, 2} - targets:
-            try:
-                inherited = os.get_inheritable(target)
-            except OSError:
-                continue
-            if inherited:
-                self.descriptors.append((target, target))
+            self.umask = umask()
         copies: dict[int, int] = {}
         for source, _ in self.descriptors:
             if source not in copies and source not in self._own:
                 copies[source] = self._keep(fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, 3))
-        self.descriptors = [
-            (copies.get(source, source), target) for source, target in self.descriptors
-        ]
+        self.descriptors = [(copies.get(s, s), target) for s, target in self.descriptors]
+        self._surroundings = Surroundings.now()
+        self.cwd_descriptor = self._surroundings.directory
+        targets = {target for _, target in self.descriptors}
+        for target, source in self._surroundings.streams.items():
+            if target not in targets:
+                self.descriptors.append((source, target))
         if self.cgroup >= 0 and self.cgroup not in self._own:
             self.cgroup = self._keep(fcntl.fcntl(self.cgroup, fcntl.F_DUPFD_CLOEXEC, 3))
 
     def close(self) -> None:
         """Close the child's ends and all else that only the clone needs."""
+        self._surroundings = None
         while self._own:
             os.close(self._own.pop())
 
@@ -296,7 +292,7 @@ class SpawnPlan:
     @property
     def by_fork(self) -> bool:
         """Whether subprocess.Popen makes the child, on the loop's thread and time."""
-        return kernel.backend().name == "popen" or self.options.get("preexec_fn") is not None
+        return _is_by_fork(self.options)
 
     @property
     def shares_memory(self) -> bool:

@@ -74,8 +74,8 @@ class _PipeProtocol(asyncio.Protocol):
         self.disconnected = True
         self._process.pipe_connection_lost(self._number, exc)
 
-    def destroy(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Close the pipe although its loop will not, or cannot, do that."""
+    def abandon(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Close the pipe although its loop is closed, or about to be."""
         if self.transport is None or self.disconnected:
             self.end.close()
             return
@@ -159,12 +159,17 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             self._child = await self._launch.started()
             self._child.add_exit_callback(self._child_exited)
             await self._announce()
-        except (Exception, asyncio.CancelledError):
-            await self._abort(plan)
-            raise
-        except BaseException:  # GeneratorExit and its like: nothing can be awaited
+        except BaseException as error:
             plan.close_pipes()
-            self.destroy()
+            if self._loop.is_closed():
+                self.abandon()
+                if isinstance(error.__context__, GeneratorExit):
+                    # asyncio's connect_read_pipe() cannot close its transport then.
+                    raise error.__context__ from None
+            elif isinstance(error, Exception | asyncio.CancelledError):
+                await self._abort()
+            else:  # GeneratorExit and its like
+                self.destroy()
             raise
         finally:
             plan.close()
@@ -186,9 +191,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._loop.call_soon(_set_result, made)
         await made
 
-    async def _abort(self, plan: SpawnPlan) -> None:
+    async def _abort(self) -> None:
         self._closed = True
-        plan.close_pipes()
         for pipe in self._pipes.values():
             if pipe.transport is not None:
                 pipe.transport.close()
@@ -281,7 +285,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             return
         self._closed = True
         if self._loop.is_closed():
-            self.destroy()
+            self.abandon()
             return
         for pipe in self._pipes.values():
             if pipe.transport is not None:
@@ -293,14 +297,28 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 self._child.send_signal(signal.SIGKILL)
 
     def destroy(self) -> None:
-        """Close the pipes and kill the child, with no help from the loop."""
+        """Kill the child and have the pipes closed, without waiting for the loop."""
         self._closed = True
         if self._launch is not None:
             self._launch.destroy()
-        if self._child is not None and self._child.exit_info is None:
-            self._child.abandon()
+        if self._child is not None:
+            self._child.destroy()
         for pipe in self._pipes.values():
-            pipe.destroy(self._loop)
+            if pipe.transport is not None:
+                pipe.transport.close()
+
+    def abandon(self) -> None:
+        """Kill the child and close the pipes of a loop that is closed, or about to be."""
+        self._closed = True
+        child = self._child if self._launch is None else self._launch.child
+        try:
+            if child is not None:
+                child.abandon()
+            if self._launch is not None:
+                self._launch.destroy()
+        finally:
+            for pipe in self._pipes.values():
+                pipe.abandon(self._loop)
 
     def send_signal(self, signal: int) -> None:
         """Send a signal through the pidfd.
@@ -355,7 +373,8 @@ _transports: weakref.WeakKeyDictionary[
 
 def abandon_children(loop: asyncio.AbstractEventLoop) -> None:
     """Kill the children of a loop that is about to be closed: a ResourceWarning for each."""
-    for transport in list(_transports.get(loop, ())):
-        if not transport._finished:
-            transport.destroy()
-    ChildWatcher.of(loop).abandon_children()
+    with contextlib.ExitStack() as stack:  # all of them, though a warning may be an exception
+        stack.callback(ChildWatcher.of(loop).abandon_children)
+        for transport in list(_transports.get(loop, ())):
+            if not transport._finished:
+                stack.callback(transport.abandon)

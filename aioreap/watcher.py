@@ -37,7 +37,7 @@ _ESRCH_PATIENCE: Final = (0.001, 0.01, 0.1)
 # After how many seconds another inner epoll is tried when there was no descriptor for it.
 _EPOLL_RETRY: Final = 0.02
 # How long destroy() stays for the death of what it killed, in milliseconds.
-_DEATH_PATIENCE_MS: Final = 5
+_DEATH_PATIENCE_MS: Final = 200
 
 # The pidfds of children that were killed without a loop and had not died yet.
 _orphans: list[int] = []
@@ -102,7 +102,9 @@ class Child:
             os.close(self.pidfd)
 
     def abandon(self) -> None:
-        """Kill the child, with a ResourceWarning: its loop is closed, or about to be."""
+        """Kill the child if it runs, with a ResourceWarning: its loop is closed, or about to be."""
+        if self.pidfd < 0:
+            return
         self.destroy()  # first: the warning may be an exception
         warnings.warn(
             f"child {self.pid} still ran when its event loop was closed; it is killed",
@@ -172,7 +174,7 @@ class Child:
     def destroy(self) -> None:
         """Kill the child at once and give up its descriptors, with no help from a loop.
 
-        What has not died within some milliseconds is reaped at a later spawn.
+        It is dead at the return, or (in uninterruptible sleep) reaped at a later spawn.
         """
         self._callbacks.clear()
         if self.pidfd < 0:
@@ -251,8 +253,9 @@ class ChildWatcher:
 
     def abandon_children(self) -> None:
         """Kill the children that are left; for a loop that is about to be closed."""
-        for child in list(self._children):
-            child.abandon()
+        with contextlib.ExitStack() as stack:  # all of them, though a warning may be an exception
+            for child in list(self._children):
+                stack.callback(child.abandon)
 
     def _readable(self, child: Child) -> None:
         if child.pidfd < 0:  # settled meanwhile, by poll() or before a second try
