@@ -6,10 +6,19 @@ import grp
 import os
 import pwd
 from collections.abc import Callable, Iterable, Mapping
-from typing import IO, Any, Final, TypeAlias, TypedDict
+from typing import Any, Final, Protocol, TypeAlias, TypedDict
 
 StrOrBytesPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-Stdio: TypeAlias = int | IO[Any] | None
+
+
+class HasFileno(Protocol):
+    """A file, a socket, or what else has a descriptor."""
+
+    def fileno(self) -> int:
+        """The descriptor."""
+
+
+Stdio: TypeAlias = int | HasFileno | None
 
 
 class Options(TypedDict, total=False):

@@ -15,10 +15,10 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from aioreap import _clone, forking, kernel
-from aioreap.options import Options, Stdio, environment, group_id, groups_ids, user_id
+from aioreap.options import HasFileno, Options, Stdio, environment, group_id, groups_ids, user_id
 from aioreap.surroundings import Surroundings, umask
 
 
@@ -231,7 +231,7 @@ class SpawnPlan:
         self.descriptors = [(source, target) for target, source in stdio.items()]
         self.descriptors += [(d, d) for d in passed if d not in stdio]
 
-    def _open_stdio(self, target: int, given: int | IO[Any], options: Options) -> int:
+    def _open_stdio(self, target: int, given: int | HasFileno, options: Options) -> int:
         if given == subprocess.PIPE:
             return self._open_pipe(target, options.get("pipesize", -1))
         if given == subprocess.DEVNULL:

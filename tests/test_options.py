@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import pytest
 import uvloop
@@ -32,7 +32,7 @@ while [ $n -lt 64 ]; do [ -e /proc/self/fd/$n ] && echo $n; n=$((n+1)); done; tr
 STDIO = (0, 1, 2)
 
 
-async def output_of(*command: Any, **options: Unpack[Options]) -> str:
+async def output_of(*command: Any, **options: Any) -> str:
     """What a program that succeeds writes to stdout."""
     process = await aioreap.create_subprocess_exec(*command, stdout=aioreap.PIPE, **options)
     stdout, _ = await process.communicate()
@@ -41,21 +41,21 @@ async def output_of(*command: Any, **options: Unpack[Options]) -> str:
     return stdout.decode().rstrip("\n")
 
 
-async def output_of_shell(script: str, **options: Unpack[Options]) -> str:
+async def output_of_shell(script: str, **options: Any) -> str:
     return await output_of("/bin/sh", "-c", script, **options)
 
 
-async def descriptors_of_child(**options: Unpack[Options]) -> list[int]:
+async def descriptors_of_child(**options: Any) -> list[int]:
     return [int(line) for line in (await output_of_shell(LIST_DESCRIPTORS, **options)).split()]
 
 
-async def status_of_child(field: str, **options: Unpack[Options]) -> str:
+async def status_of_child(field: str, **options: Any) -> str:
     """A line of the child's own /proc/self/status."""
     status = await output_of("cat", "/proc/self/status", **options)
     return dict(line.split(":\t") for line in status.splitlines())[field]
 
 
-async def signals_of_child(field: str, **options: Unpack[Options]) -> set[int]:
+async def signals_of_child(field: str, **options: Any) -> set[int]:
     mask = int(await status_of_child(field, **options), 16)
     return {number for number in range(1, 65) if mask & 1 << (number - 1)}
 
@@ -107,7 +107,7 @@ async def test_executable_runs_in_the_name_of_the_program() -> None:
 
 
 @pytest.fixture
-def paths(tmp_path: Path) -> Iterator[dict[str, str]]:
+def paths(tmp_path: Path) -> dict[str, str]:
     """Two directories that have the program `aioreap-test`; a third one that may not run it."""
     for name in ("one", "two"):
         script_at(tmp_path / name / "aioreap-test", f"echo {name}")
@@ -369,7 +369,7 @@ async def test_umask_is_the_childs_alone() -> None:
     assert await output_of_shell("umask", umask=-1) == before
 
 
-async def ids_of_child(**options: Unpack[Options]) -> str:
+async def ids_of_child(**options: Any) -> str:
     """Its uid, gid and groups as `id` prints them."""
     return (await output_of_shell("id -u; id -g; id -G", **options)).replace("\n", " ")
 
@@ -428,7 +428,7 @@ def test_an_ordinary_user_has_the_ordinary_things_and_cannot_become_root(
     run_apart(make_loop, main)
 
 
-async def stat_of_child(**options: Unpack[Options]) -> tuple[int, int, int]:
+async def stat_of_child(**options: Any) -> tuple[int, int, int]:
     """Its pid, process group and session."""
     line = await output_of("cat", "/proc/self/stat", **options)
     _, _, fields = line.rpartition(")")
@@ -490,7 +490,7 @@ async def test_handlers_are_default_in_the_child_and_ignored_signals_stay_ignore
     def handler(_number: int, _frame: object) -> None:
         raise AssertionError
 
-    handlers = {signal.SIGUSR1: signal.SIG_IGN, signal.SIGUSR2: handler}
+    handlers: dict[int, Any] = {signal.SIGUSR1: signal.SIG_IGN, signal.SIGUSR2: handler}
     before = {number: signal.signal(number, action) for number, action in handlers.items()}
     try:
         ignored = await signals_of_child("SigIgn")
@@ -609,7 +609,7 @@ def cgroup() -> Iterator[Path]:
 @pytest.mark.parametrize("kind", ["str", "path", "descriptor", "opened-path"])
 async def test_cgroup_is_where_the_child_starts(cgroup: Path, kind: str) -> None:
     descriptor = os.open(cgroup, os.O_RDONLY | (os.O_PATH if kind == "opened-path" else 0))
-    given = {"str": str(cgroup), "path": cgroup}.get(kind, descriptor)
+    given: Any = {"str": str(cgroup), "path": cgroup}.get(kind, descriptor)
     try:
         process = await aioreap.create_subprocess_exec(
             "cat", "/proc/self/cgroup", stdout=-1, cgroup=given
@@ -629,7 +629,7 @@ async def test_cgroup_is_where_the_child_starts(cgroup: Path, kind: str) -> None
 @pytest.mark.parametrize(
     "fails", [{"cwd": "/nonexistent"}, {"executable": "/nonexistent"}], ids=str
 )
-async def test_what_fails_in_a_cgroup_leaves_it_empty(cgroup: Path, fails: Options) -> None:
+async def test_what_fails_in_a_cgroup_leaves_it_empty(cgroup: Path, fails: dict[str, Any]) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         await aioreap.create_subprocess_exec("true", cgroup=cgroup, **fails)
     assert caught.value.filename == "/nonexistent"
@@ -689,8 +689,9 @@ async def test_what_asks_for_no_text_is_taken() -> None:
         "startupinfo": None,
         "creationflags": 0,
     }
-    assert await (await aioreap.create_subprocess_exec("true", shell=False, **options)).wait() == 0
-    assert await (await aioreap.create_subprocess_shell("true", shell=True, **options)).wait() == 0
+    of_exec, of_shell = options | {"shell": False}, options | {"shell": True}
+    assert await (await aioreap.create_subprocess_exec("true", **of_exec)).wait() == 0
+    assert await (await aioreap.create_subprocess_shell("true", **of_shell)).wait() == 0
 
 
 @pytest.mark.any_backend
