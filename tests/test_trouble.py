@@ -163,9 +163,9 @@ def failing(call: Callable[..., Any], at: int, number: int) -> Callable[..., Any
 async def test_a_clone_that_fails_is_that_error(
     monkeypatch: pytest.MonkeyPatch, number: int, backend: str
 ) -> None:
-    where = (subprocess, "_fork_exec") if backend == "popen" else (_clone, "spawn")
-    call = failing(getattr(*where), 1, number)
-    monkeypatch.setattr(*where, call)
+    target: Any = subprocess if backend == "popen" else _clone
+    name = "_fork_exec" if backend == "popen" else "spawn"
+    monkeypatch.setattr(target, name, failing(getattr(target, name), 1, number))
     error = await error_of("true", **PIPES)
     assert (error.errno, error.strerror) == (number, os.strerror(number))
     await expect_that_a_spawn_works()
