@@ -54,8 +54,10 @@ struct clone3_arguments {
 #else /* gcc before 11 */
 #define NO_STACK_PROTECTOR __attribute__((optimize("no-stack-protector")))
 #endif
-#if __has_attribute(disable_sanitizer_instrumentation)
-#define NO_SANITIZER __attribute__((disable_sanitizer_instrumentation))
+#if __has_attribute(disable_sanitizer_instrumentation) /* of clang, whose other one is not enough */
+#define NO_SANITIZER                             \
+    __attribute__((disable_sanitizer_instrumentation, \
+                   no_sanitize("address", "hwaddress", "thread", "undefined")))
 #else
 #define NO_SANITIZER __attribute__((no_sanitize("address", "thread", "undefined")))
 #endif
@@ -663,6 +665,8 @@ void
 spawn_abandon(struct spawn *s)
 {
     CALL4(SYS_pidfd_send_signal, s->pidfd, SIGKILL, NULL, 0);
+    if (s->exit_signal != 0)
+        waitpid(s->pid, NULL, __WALL);
     close(s->pidfd);
     close(s->pipe);
 }

@@ -98,7 +98,7 @@ int spawn_start(struct spawn *);
  * final. `exited` says that its pidfd has become readable. */
 int spawn_has_left(struct spawn *, int exited);
 
-/* Kill the child that spawn_start() made, and close its descriptors. */
+/* Kill the child that spawn_start() made, wait for it, and close its descriptors. */
 void spawn_abandon(struct spawn *);
 
 /* Unmap the spawn, or keep it until its child has left it. */
