@@ -13,6 +13,7 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <unistd.h>
 
 /* Module slots by their numbers: the headers of the limited API of 3.11 do not
  * name them, and an interpreter refuses a slot that it does not know. */
@@ -138,7 +139,10 @@ copy_groups(struct spawn *s, PyObject *groups)
 static void
 release_block(PyObject *capsule)
 {
-    spawn_release(PyCapsule_GetPointer(capsule, BLOCK_NAME));
+    struct spawn *s = PyCapsule_GetPointer(capsule, BLOCK_NAME);
+    if (s->pid > 0 && !s->taken && s->owner == getpid())
+        spawn_abandon(s);
+    spawn_release(s);
 }
 
 static PyObject *
@@ -233,8 +237,6 @@ clone_spawn(PyObject *Py_UNUSED(module), PyObject *arguments)
         return raise_errno(error);
     }
     PyObject *result = Py_BuildValue("iiiO", (int)s->pid, s->pidfd, s->pipe, block);
-    if (result == NULL)
-        spawn_abandon(s);
     Py_DECREF(block);
     return result;
 }
@@ -261,6 +263,16 @@ clone_step(PyObject *Py_UNUSED(module), PyObject *block)
     if (s == NULL)
         return NULL;
     return PyLong_FromLong((long)__atomic_load_n(&s->step, __ATOMIC_ACQUIRE));
+}
+
+static PyObject *
+clone_take(PyObject *Py_UNUSED(module), PyObject *block)
+{
+    struct spawn *s = PyCapsule_GetPointer(block, BLOCK_NAME);
+    if (s == NULL)
+        return NULL;
+    s->taken = 1;
+    Py_RETURN_NONE;
 }
 
 static PyObject *
@@ -305,6 +317,7 @@ static PyMethodDef methods[] = {
     {"spawn", clone_spawn, METH_VARARGS, NULL},
     {"outcome", clone_outcome, METH_VARARGS, NULL},
     {"step", clone_step, METH_O, NULL},
+    {"take", clone_take, METH_O, NULL},
     {"probe", clone_probe, METH_VARARGS, NULL},
     {"environment", clone_environment, METH_NOARGS, NULL},
     {"set_no_new_privs", clone_set_no_new_privs, METH_NOARGS, NULL},

@@ -46,6 +46,9 @@ def spawn(
     then tells which. -1 stands for a number that is not set. OSError: there is no child.
     """
 
+def take(block: Block, /) -> None:
+    """Own the child's pidfd and pipe from here on; until then the block does, and kills it."""
+
 def outcome(block: Block, exited: bool, /) -> tuple[int, int] | None:
     """The child's last step and errno, or None while it still uses the block.
 

@@ -656,6 +656,7 @@ spawn_start(struct spawn *s)
         waitpid(s->pid, NULL, __WALL);
         close(ends[0]);
         s->left = 1;
+        s->pid = 0;
         return ENOSYS;
     }
     return 0;

@@ -45,6 +45,7 @@ struct spawn {
     uint32_t step;
     int32_t error;
     int left;
+    int taken; /* somebody else owns pidfd and pipe, and so the child */
 
     uint64_t clone_flags;
     int exit_signal;

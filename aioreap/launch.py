@@ -65,6 +65,11 @@ class Launch:
         self._plan.close()
         self._let_go()
 
+    async def cloned(self) -> None:
+        """Wait until there is a child, or the launch has failed; otherwise as started()."""
+        while self.child is None and not self._is_over:
+            await self._wait()
+
     async def started(self) -> Child:
         """Wait until the program runs.
 
@@ -85,18 +90,19 @@ class Launch:
         assert self.child is not None
         return self.child
 
-    async def abort(self) -> None:
+    async def abort(self) -> bool:
         """Kill the child and wait until nothing of it is left.
 
-        Cancellations meanwhile are swallowed: the caller raises the one that
-        brought it here. A child that cannot be killed yet (in uninterruptible
-        sleep) is left to the loop's readers after a second.
+        Returns whether it was cancelled meanwhile: the caller has to raise that, if
+        no cancellation brought it here. A child that cannot be killed yet (in
+        uninterruptible sleep) is left to the loop's readers after a second.
         """
+        cancelled = False
         self._aborted = True
         self._plan.close()
         child = self.child
         if child is None or child.pidfd < 0:
-            return
+            return cancelled
         with contextlib.suppress(PermissionError):  # it runs a set-user-ID program
             child.send_signal(signal.SIGKILL)
         child.add_exit_callback(self._wake)
@@ -107,10 +113,12 @@ class Launch:
             try:
                 await self._wait()
             except asyncio.CancelledError:
+                cancelled = True
                 patience = _ABORT_PATIENCE_DISTURBED
         timer.cancel()
         if child.exit_info is None:
             logger.warning("child %d is killed and does not die yet", child.pid)
+        return cancelled
 
     def destroy(self) -> None:
         """Kill the child with no help from a loop."""
@@ -126,17 +134,24 @@ class Launch:
             return
         try:
             self._clone()
-        except Exception as error:  # noqa: BLE001 - started() raises it
+        except BaseException as error:
             if isinstance(error, OSError) and error.errno == errno.ETXTBSY and not self._retried:
                 self._retry(set(spawn.in_flight))
-            else:
+                return
+            if isinstance(error, Exception):
                 self._fail(error)
+                return
+            self._fail(asyncio.CancelledError())  # KeyboardInterrupt goes one way only
+            raise
 
     def _clone(self) -> None:
         reap_orphans()
         spawned = self._plan.clone()
         child = Child(spawned.pid, spawned.pidfd, reap=spawned.reap, started_ns=spawned.started_ns)
+        if spawned.block is not None:
+            _clone.take(spawned.block)
         self.child, self._spawned, self._pipe = child, spawned, spawned.pipe
+        self._wake()
         try:
             self._launcher.watcher.watch(child)
             if spawned.block is not None:
@@ -228,6 +243,8 @@ class Launch:
         before its exec holds a copy of the descriptor it was written through.
         """
         self._retried = True
+        if self._aborted:
+            return
         if any(other.holds_descriptors() for other in others):
             self._launcher.loop.call_later(_BUSY_DELAY, self._retry, others)
         else:
@@ -256,7 +273,8 @@ class Launcher:
         self._owner = os.getpid()
         self._in_flight: weakref.WeakSet[Launch] = weakref.WeakSet()
         self._is_looking = False
-        self._deferred: deque[Launch] = deque()
+        # The calls that wait hold the launches: this must not keep a closed loop alive.
+        self._deferred: deque[weakref.ref[Launch]] = deque()
         self._spent_ns = 0
         self._turn_follows = False
 
@@ -284,14 +302,21 @@ class Launcher:
         launch = Launch(self, plan)
         loop = self.loop
         if (self._deferred or self._spent_ns >= TURN_BUDGET_NS) and not plan.by_fork:
-            plan.freeze()
-            self._deferred.append(launch)
+            self._defer(launch, plan)
         else:
             self._clone(launch)
         if not self._turn_follows:
             self._turn_follows = True
             loop.call_soon(self._turn)
         return launch
+
+    def _defer(self, launch: Launch, plan: SpawnPlan) -> None:
+        try:
+            plan.freeze()
+        except OSError:  # no descriptors, or a working directory that cannot be opened
+            self._clone(launch)
+        else:
+            self._deferred.append(weakref.ref(launch))
 
     def _clone(self, launch: Launch) -> None:
         begin = time.monotonic_ns()
@@ -300,11 +325,15 @@ class Launcher:
 
     def _turn(self) -> None:
         self._spent_ns = 0
-        while self._deferred and self._spent_ns < TURN_BUDGET_NS:
-            self._clone(self._deferred.popleft())
-        self._turn_follows = self._spent_ns > 0
-        if self._turn_follows:
-            self.loop.call_soon(self._turn)
+        try:
+            while self._deferred and self._spent_ns < TURN_BUDGET_NS:
+                launch = self._deferred.popleft()()
+                if launch is not None:
+                    self._clone(launch)
+        finally:  # KeyboardInterrupt too: those behind it still have their turn
+            self._turn_follows = bool(self._deferred) or self._spent_ns > 0
+            if self._turn_follows:
+                self.loop.call_soon(self._turn)
 
     def look_after(self, launch: Launch) -> None:
         """Examine the launch now and then, until its exec."""

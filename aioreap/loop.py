@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import weakref
-from collections.abc import Callable
+import functools
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from aioreap import process, transport
@@ -59,50 +58,23 @@ else:
         return globals().setdefault(name, made)
 
 
-def _of(reference: Callable[[], asyncio.AbstractEventLoop | None]) -> asyncio.AbstractEventLoop:
-    loop = reference()
-    if loop is None:
-        raise RuntimeError("Event loop is closed")
-    return loop
+@functools.cache
+def _class_for(kind: type[asyncio.AbstractEventLoop]) -> type[asyncio.AbstractEventLoop]:
+    return type(kind.__name__, (_Subprocesses, kind), {"__module__": kind.__module__})
 
 
 def install(loop: _LoopT | None = None) -> _LoopT:
     """Make the children of `loop` aioreap's from here on, and return it.
 
     For servers that make their loop themselves. None means the running loop.
-    Installing twice is installing once.
+    Installing twice is installing once. The loop gets a subclass of its class as
+    its class, so it has no reference to itself and is freed as before.
 
     Raises:
         RuntimeError: no loop is given and none runs.
+        TypeError: the loop's class does not permit that.
     """
     target = cast("_LoopT", asyncio.get_running_loop()) if loop is None else loop
-    if isinstance(target, _Subprocesses) or isinstance(target.close, _Closing):
-        return target
-    reference = weakref.ref(target)  # no cycle: the loop is freed as before
-
-    async def subprocess_exec(protocol_factory: Any, *args: Any, **kwargs: Any) -> Any:
-        return await process.subprocess_exec(_of(reference), protocol_factory, *args, **kwargs)
-
-    async def subprocess_shell(protocol_factory: Any, *args: Any, **kwargs: Any) -> Any:
-        return await process.subprocess_shell(_of(reference), protocol_factory, *args, **kwargs)
-
-    for name, replacement in (
-        ("subprocess_exec", subprocess_exec),
-        ("subprocess_shell", subprocess_shell),
-        ("close", _Closing(reference)),
-    ):
-        setattr(target, name, replacement)
+    if not isinstance(target, _Subprocesses):
+        target.__class__ = _class_for(type(target))  # type: ignore[assignment, arg-type]
     return target
-
-
-class _Closing:
-    """The close() of a loop that install() has changed."""
-
-    def __init__(self, reference: Callable[[], asyncio.AbstractEventLoop | None]) -> None:
-        self._reference = reference
-
-    def __call__(self) -> None:
-        loop = _of(self._reference)
-        if not loop.is_closed() and not loop.is_running():
-            transport.abandon_children(loop)
-        type(loop).close(loop)

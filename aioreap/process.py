@@ -155,6 +155,7 @@ class _StreamProtocol(asyncio.subprocess.SubprocessStreamProtocol):
         self._readers: dict[int, asyncio.StreamReader] = {}
         self._ended: dict[int, Exception | None] = {}
         self._waiter: asyncio.Future[None] | None = None
+        self._collecting = False
 
     def pipe_data_received(self, fd: int, data: bytes | str) -> None:
         collected = self._collected.get(fd)
@@ -176,13 +177,19 @@ class _StreamProtocol(asyncio.subprocess.SubprocessStreamProtocol):
 
         If it fails or is cancelled, what was read is in the readers again.
         """
+        if self._collecting:
+            exited.close()
+            raise RuntimeError("communicate() called while another coroutine is in it already")
+        self._collecting = True
         readers = {1: self.stdout, 2: self.stderr}
-        for fd, reader in readers.items():
-            if reader is not None and fd not in self._ended:
-                self._collected[fd] = [_take_buffered(reader)]
-                self._readers[fd] = reader
-        self.stdout, self.stderr = (r if fd in self._ended else None for fd, r in readers.items())
         try:
+            for fd, reader in readers.items():
+                if reader is not None and fd not in self._ended:
+                    self._collected[fd] = [_take_buffered(reader)]
+                    self._readers[fd] = reader
+            self.stdout, self.stderr = (
+                reader if fd in self._ended else None for fd, reader in readers.items()
+            )
             while not self._readers.keys() <= self._ended.keys():
                 self._waiter = self._event_loop.create_future()
                 await self._waiter
@@ -219,6 +226,7 @@ class _StreamProtocol(asyncio.subprocess.SubprocessStreamProtocol):
         self._readers.clear()
         self._collected.clear()
         self._waiter = None
+        self._collecting = False
 
 
 class Process(asyncio.subprocess.Process):

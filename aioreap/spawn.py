@@ -71,6 +71,7 @@ def _close_plans() -> None:
 
 os.register_at_fork(after_in_child=_close_plans)
 
+_PIPE_TO_BE: Final = -10  # less the child's descriptor: a source that is made at the clone
 _LARGEST_INT: Final = 2**31 - 1
 _PIPE_ENDS: Final = {0: (0, 1), 1: (1, 0), 2: (1, 0)}  # (child's, parent's) of os.pipe()
 
@@ -227,13 +228,13 @@ class SpawnPlan:
             if given == subprocess.STDOUT:
                 stdio[target] = stdio[1] if 1 in stdio else _standard_output()
             elif given is not None:
-                stdio[target] = self._open_stdio(target, given, options)
+                stdio[target] = self._open_stdio(target, given)
         self.descriptors = [(source, target) for target, source in stdio.items()]
         self.descriptors += [(d, d) for d in passed if d not in stdio]
 
-    def _open_stdio(self, target: int, given: int | HasFileno, options: Options) -> int:
+    def _open_stdio(self, target: int, given: int | HasFileno) -> int:
         if given == subprocess.PIPE:
-            return self._open_pipe(target, options.get("pipesize", -1))
+            return _PIPE_TO_BE - target
         if given == subprocess.DEVNULL:
             if self._null < 0:
                 self._null = self._keep(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
@@ -243,6 +244,13 @@ class SpawnPlan:
     def _keep(self, descriptor: int) -> int:
         self._own.append(descriptor)
         return descriptor
+
+    def _open_pipes(self) -> None:
+        """Make the pipes: at the clone, as a spawn that waits for its turn needs none."""
+        wanted = {source for source, _ in self.descriptors if source <= _PIPE_TO_BE}
+        size = self.options.get("pipesize", -1)
+        made = {source: self._open_pipe(_PIPE_TO_BE - source, size) for source in wanted}
+        self.descriptors = [(made.get(s, s), target) for s, target in self.descriptors]
 
     def _open_pipe(self, target: int, size: int) -> int:
         ends = os.pipe()
@@ -266,7 +274,7 @@ class SpawnPlan:
             self.umask = umask()
         copies: dict[int, int] = {}
         for source, _ in self.descriptors:
-            if source not in copies and source not in self._own:
+            if source > _PIPE_TO_BE and source not in copies and source not in self._own:
                 copies[source] = self._keep(fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, 3))
         self.descriptors = [(copies.get(s, s), target) for s, target in self.descriptors]
         self._surroundings = Surroundings.now()
@@ -311,6 +319,7 @@ class SpawnPlan:
             OSError: there is no child, as the clone failed (EAGAIN, ENOMEM, EMFILE)
                 or the kernel lacks what was asked for (ENOSYS).
         """
+        self._open_pipes()
         backend = kernel.backend()
         autoreap = self._wants_autoreap(backend)
         if self.by_fork:

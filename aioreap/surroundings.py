@@ -5,6 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import weakref
+from typing import Final
+
+F_DUPFD_QUERY: Final = 1027  # Linux 6.10
 
 _reference: weakref.ref[Surroundings] | None = None
 
@@ -20,6 +23,14 @@ def _standard_streams() -> list[tuple[int, int, bool] | None]:
         else:
             found.append((status.st_dev, status.st_ino, os.get_inheritable(descriptor)))
     return found
+
+
+def _same_description(descriptor: int, other: int) -> bool:
+    """Whether both are one open file, with one offset; False where the kernel cannot say."""
+    try:
+        return fcntl.fcntl(descriptor, F_DUPFD_QUERY, other) == 1
+    except OSError:
+        return False
 
 
 class Surroundings:
@@ -47,7 +58,11 @@ class Surroundings:
     def are_current(self) -> bool:
         """Whether they would be the same if they were kept now."""
         same = os.path.samestat(os.stat("."), os.fstat(self.directory))
-        return same and self._found == _standard_streams()
+        return (
+            same
+            and self._found == _standard_streams()
+            and all(_same_description(number, copy) for number, copy in self.streams.items())
+        )
 
     @staticmethod
     def now() -> Surroundings:

@@ -74,9 +74,9 @@ class _PipeProtocol(asyncio.Protocol):
         self.disconnected = True
         self._process.pipe_connection_lost(self._number, exc)
 
-    def abandon(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Close the pipe although its loop is closed, or about to be."""
-        if self.transport is None or self.disconnected:
+    def abandon(self, loop: asyncio.AbstractEventLoop, *, is_copy: bool) -> None:
+        """Close the pipe although its loop is closed, or about to be, or another process's."""
+        if is_copy or self.transport is None or self.disconnected:
             self.end.close()
             return
         if not loop.is_closed():
@@ -125,6 +125,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._early: list[tuple[Callable[..., object], tuple[Any, ...]]] | None = []
         self._closed = False
         self._finished = False
+        self._owner = os.getpid()
         _transports.setdefault(loop, weakref.WeakSet()).add(self)
 
     def __repr__(self) -> str:
@@ -155,6 +156,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         assert plan is not None
         try:
             self._launch = Launcher.of(self._loop).begin(plan)
+            await self._launch.cloned()
             await self._connect_pipes(plan)
             self._child = await self._launch.started()
             self._child.add_exit_callback(self._child_exited)
@@ -166,8 +168,11 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 if isinstance(error.__context__, GeneratorExit):
                     # asyncio's connect_read_pipe() cannot close its transport then.
                     raise error.__context__ from None
-            elif isinstance(error, Exception | asyncio.CancelledError):
+            elif isinstance(error, asyncio.CancelledError):
                 await self._abort()
+            elif isinstance(error, Exception):
+                if await self._abort():
+                    raise asyncio.CancelledError from error
             else:  # GeneratorExit and its like
                 self.destroy()
             raise
@@ -191,22 +196,27 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._loop.call_soon(_set_result, made)
         await made
 
-    async def _abort(self) -> None:
+    async def _abort(self) -> bool:
+        """Leave nothing behind; whether it was cancelled meanwhile."""
+        cancelled = False
         self._closed = True
         for pipe in self._pipes.values():
             if pipe.transport is not None:
                 pipe.transport.close()
         if self._launch is not None:
-            await self._launch.abort()
+            cancelled = await self._launch.abort()
         # The loop closes a pipe some turns after it was asked to.
         for _ in range(_TURNS_TO_CLOSE):
             if all(pipe.disconnected for pipe in self._pipes.values()):
-                return
-            with contextlib.suppress(asyncio.CancelledError):
+                break
+            try:
                 await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                cancelled = True
         for pipe in self._pipes.values():
             if pipe.transport is None:
                 pipe.end.close()
+        return cancelled
 
     # What happens to the child and its pipes.
 
@@ -284,7 +294,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         if self._closed:
             return
         self._closed = True
-        if self._loop.is_closed():
+        if self._loop.is_closed() or self._owner != os.getpid():
             self.abandon()
             return
         for pipe in self._pipes.values():
@@ -308,7 +318,10 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 pipe.transport.close()
 
     def abandon(self) -> None:
-        """Kill the child and close the pipes of a loop that is closed, or about to be."""
+        """Kill the child and close the pipes of a loop that is closed, or about to be.
+
+        In a forked copy of the program only descriptors are closed.
+        """
         self._closed = True
         child = self._child if self._launch is None else self._launch.child
         try:
@@ -318,7 +331,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 self._launch.destroy()
         finally:
             for pipe in self._pipes.values():
-                pipe.abandon(self._loop)
+                pipe.abandon(self._loop, is_copy=self._owner != os.getpid())
 
     def send_signal(self, signal: int) -> None:
         """Send a signal through the pidfd.

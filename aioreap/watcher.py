@@ -94,16 +94,14 @@ class Child:
         return f"<{type(self).__name__} pid={self.pid} {state}>"
 
     def __del__(self) -> None:
-        if self.pidfd < 0:
-            return
-        if self._owner == os.getpid():
-            self.abandon()
-        else:
-            os.close(self.pidfd)
+        self.abandon()
 
     def abandon(self) -> None:
         """Kill the child if it runs, with a ResourceWarning: its loop is closed, or about to be."""
         if self.pidfd < 0:
+            return
+        if self._owner != os.getpid():
+            self.destroy()
             return
         self.destroy()  # first: the warning may be an exception
         warnings.warn(
@@ -178,6 +176,9 @@ class Child:
         """
         self._callbacks.clear()
         if self.pidfd < 0:
+            return
+        if self._owner != os.getpid():  # a forked copy: the child is not its own
+            os.close(self._detach())
             return
         with contextlib.suppress(PermissionError):  # it runs a set-user-ID program
             self.send_signal(signal.SIGKILL)
@@ -278,12 +279,11 @@ class ChildWatcher:
         if loop is None:
             return
         try:
-            edge = _EdgeReader(child.pidfd)
+            child._edge = _EdgeReader(child.pidfd)
+            loop.add_reader(child._edge.fileno, self._readable, child)
         except OSError:
+            self._stop_reading(child)
             loop.call_later(_EPOLL_RETRY, self._readable, child)
-            return
-        child._edge = edge
-        loop.add_reader(edge.fileno, self._readable, child)
 
     def _ask_later(self, child: Child, error: OSError) -> None:
         self._stop_reading(child)
@@ -298,7 +298,7 @@ class ChildWatcher:
     def _stop_reading(self, child: Child) -> None:
         loop = self._loop()
         edge, child._edge = child._edge, None
-        if loop is not None and not loop.is_closed():
+        if loop is not None and not loop.is_closed() and child._owner == os.getpid():
             loop.remove_reader(child.pidfd if edge is None else edge.fileno)
         if edge is not None:
             edge.close()

@@ -27,10 +27,9 @@ def _statuses_survive(backend: str) -> None:
         pytest.skip(f"a status can be lost on this kernel; exit_info: {exit_info.answer}")
 
 
-async def expect_every_status(backend: str) -> None:
-    """Each of COUNT children says 3; a fifth as many where Popen makes them, one by one."""
-    count = COUNT // 5 if backend == "popen" else COUNT
-    expected = iter(range(count))
+async def expect_every_status() -> None:
+    """Each of COUNT children says 3."""
+    expected = iter(range(COUNT))
     statuses: list[int] = []
 
     async def several() -> None:
@@ -40,7 +39,7 @@ async def expect_every_status(backend: str) -> None:
 
     await asyncio.gather(*(several() for _ in range(AT_ONCE)))
     assert [status for status in statuses if status != 3] == []
-    assert len(statuses) == count
+    assert len(statuses) == COUNT
 
 
 def reap_everything(flags: int) -> None:
@@ -77,7 +76,7 @@ def on_sigchld(request: pytest.FixtureRequest) -> Iterator[Action]:
 async def test_every_status_is_right_whatever_sigchld_does(
     on_sigchld: Action, backend: str
 ) -> None:
-    await expect_every_status(backend)
+    await expect_every_status()
     assert signal.getsignal(signal.SIGCHLD) == on_sigchld
     if on_sigchld is reaping_handler:
         assert bool(stolen) == (backend != "autoreap")
@@ -94,7 +93,7 @@ async def test_every_status_is_right_beside_a_thread_that_reaps_all(backend: str
     thread = threading.Thread(target=reap)
     thread.start()
     try:
-        await expect_every_status(backend)
+        await expect_every_status()
     finally:
         over.set()
         thread.join()

@@ -265,3 +265,81 @@ async def test_two_threads_spawn_at_once(backend: str) -> None:
     for thread in threads:
         await asyncio.to_thread(thread.join)
     assert [here, *found] == [{3}] * 3
+
+
+async def test_an_interrupted_turn_leaves_the_others_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "TURN_BUDGET_NS", 1)
+    launcher = launch.Launcher.of(asyncio.get_running_loop())
+    real, count = _clone.spawn, 0
+
+    def interrupted(*arguments: object) -> tuple[int, int, int, _clone.Block]:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)  # type: ignore[arg-type]
+
+    def turn(turn: Callable[[], None] = launcher._turn) -> None:
+        try:
+            turn()
+        except KeyboardInterrupt:  # which would end the loop's run here
+            interruptions.append(count)
+
+    interruptions: list[int] = []
+    monkeypatch.setattr(_clone, "spawn", interrupted)
+    monkeypatch.setattr(launcher, "_turn", turn)
+    spawns = [asyncio.ensure_future(aioreap.create_subprocess_exec("true")) for _ in range(4)]
+    first, *others = await asyncio.gather(*spawns, return_exceptions=True)
+    assert interruptions == [2]
+    processes = [p for p in (first, *others) if isinstance(p, aioreap.Process)]
+    assert len(processes) == 3
+    assert await asyncio.gather(*(p.wait() for p in processes)) == [0] * 3
+
+
+def test_a_child_whose_caller_was_interrupted_after_the_clone_is_killed() -> None:
+    async def main() -> None:
+        real = _clone.spawn
+
+        def interrupted(*arguments: object) -> tuple[int, int, int, _clone.Block]:
+            real(*arguments)  # type: ignore[arg-type]
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_clone, "spawn", interrupted)
+            await aioreap.create_subprocess_exec("sleep", "1000")
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+
+
+async def test_where_nothing_can_be_kept_nothing_is_deferred(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused() -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), ".")
+
+    monkeypatch.setattr(launch, "TURN_BUDGET_NS", 1)
+    monkeypatch.setattr(spawn.Surroundings, "now", refused)
+    spawns = [aioreap.create_subprocess_exec("sh", "-c", "exit 3") for _ in range(10)]
+    processes = await asyncio.gather(*spawns)
+    assert await asyncio.gather(*(p.wait() for p in processes)) == [3] * 10
+
+
+async def test_a_cancellation_while_a_failed_spawn_is_cleaned_up_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = launch.Launch.abort
+
+    async def cancelled_meanwhile(self: launch.Launch) -> bool:
+        assert task is not None
+        task.cancel()
+        return await real(self)
+
+    task = asyncio.current_task()
+    monkeypatch.setattr(launch.Launch, "abort", cancelled_meanwhile)
+    with pytest.raises(asyncio.CancelledError):
+        await aioreap.create_subprocess_exec("/nonexistent", stdin=-1, stdout=-1, stderr=-1)
+    assert task is not None
+    task.uncancel()

@@ -144,3 +144,25 @@ async def test_of_gives_our_process_for_asyncios() -> None:
 async def test_of_refuses_what_was_not_started_here() -> None:
     with pytest.raises(TypeError, match="was not started through aioreap"):
         aioreap.Process.of(object())  # type: ignore[arg-type]
+
+
+async def test_a_second_communicate_meanwhile_is_an_error_and_disturbs_nothing() -> None:
+    process = await shell("cat", stdin=-1, stdout=-1)
+    first = asyncio.ensure_future(process.communicate(b"x"))
+    await asyncio.sleep(0)
+    with pytest.raises(RuntimeError, match="communicate"):
+        await process.communicate()
+    assert await first == (b"x", None)
+
+
+async def test_communicate_beside_a_reader_is_asyncios_error_and_loses_nothing() -> None:
+    process = await shell("echo out; read line", stdin=-1, stdout=-1, stderr=-1)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    reading = asyncio.ensure_future(process.stderr.read())
+    await asyncio.sleep(0)
+    with pytest.raises(RuntimeError, match="already waiting"):
+        await process.communicate()
+    assert await process.stdout.read() == b"out\n"
+    assert await reading == b""
+    assert await process.wait() == 1

@@ -139,6 +139,25 @@ async def test_no_room_for_the_inner_epoll_loses_no_exit(
     assert (await exit_of(process)).returncode == 3
 
 
+async def test_no_room_for_a_watch_on_it_loses_no_exit(
+    monkeypatch: pytest.MonkeyPatch, late_exit_info: list[int]
+) -> None:
+    process = await create("read line; exit 3")
+    loop = asyncio.get_running_loop()
+    real = loop.add_reader
+    refused: list[Any] = []
+
+    def add_reader(*arguments: Any) -> None:
+        if not refused:
+            refused.append(arguments)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(*arguments)
+
+    monkeypatch.setattr(loop, "add_reader", add_reader)
+    assert (await exit_of(process)).returncode == 3
+    assert refused
+
+
 @pytest.mark.parametrize("times", [1, 3])
 async def test_esrch_is_asked_again(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     real, asked = kernel.exit_status, 0

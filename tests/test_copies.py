@@ -1,0 +1,75 @@
+"""A forked copy of the program closes its own descriptors, and disturbs nobody else's children."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+import pytest
+from test_loops import FACTORIES
+
+import aioreap
+from aioreap import transport
+
+Factory = Callable[[], asyncio.AbstractEventLoop]
+
+
+def in_a_copy(act: Callable[[], object]) -> None:
+    """Do `act` in a forked copy, and wait for its end."""
+    copy = os.fork()
+    if copy == 0:
+        try:
+            act()
+        finally:
+            os._exit(0)
+    os.waitpid(copy, 0)
+
+
+@pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
+def test_a_copy_that_closes_its_loop_kills_nobody(factory: Factory) -> None:
+    async def main() -> None:
+        process = await aioreap.create_subprocess_exec("cat", stdin=-1, stdout=-1)
+        loop = asyncio.get_running_loop()
+
+        def close() -> None:
+            asyncio._set_running_loop(None)
+            transport.abandon_children(loop)  # what close() begins with
+
+        in_a_copy(close)
+        assert process.poll() is None
+        assert await process.communicate(b"heard") == (b"heard", None)
+        assert process.returncode == 0
+
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(main())
+
+
+async def test_a_copy_that_closes_a_transport_kills_nobody_and_the_parent_hears() -> None:
+    process = await aioreap.create_subprocess_exec("cat", stdin=-1, stdout=-1)
+    in_a_copy(process._transport.close)
+    assert process.poll() is None
+    assert await process.communicate(b"heard") == (b"heard", None)
+    assert process.returncode == 0
+
+
+async def test_a_copy_can_spawn_children_of_its_own() -> None:
+    async def main() -> int:
+        process = await aioreap.create_subprocess_exec("sh", "-c", "exit 3")
+        return await process.wait()
+
+    def afresh() -> None:
+        asyncio._set_running_loop(None)
+        os._exit(asyncio.run(main()))
+
+    process = await aioreap.create_subprocess_exec("cat", stdin=-1)
+    copy = os.fork()
+    if copy == 0:
+        try:
+            afresh()
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1]) == 3
+    assert process.poll() is None
+    await process.communicate()
+    assert process.returncode == 0
