@@ -15,15 +15,15 @@ from aioreap import transport
 Factory = Callable[[], asyncio.AbstractEventLoop]
 
 
-def in_a_copy(act: Callable[[], object]) -> None:
-    """Do `act` in a forked copy, and wait for its end."""
+def in_a_copy(act: Callable[[], object]) -> int:
+    """Do `act` in a forked copy, wait for its end, and return its exit status."""
     copy = os.fork()
     if copy == 0:
         try:
             act()
         finally:
             os._exit(0)
-    os.waitpid(copy, 0)
+    return os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1])
 
 
 @pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
@@ -63,13 +63,7 @@ async def test_a_copy_can_spawn_children_of_its_own() -> None:
         os._exit(asyncio.run(main()))
 
     process = await aioreap.create_subprocess_exec("cat", stdin=-1)
-    copy = os.fork()
-    if copy == 0:
-        try:
-            afresh()
-        finally:
-            os._exit(99)
-    assert os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1]) == 3
+    assert in_a_copy(afresh) == 3
     assert process.poll() is None
     await process.communicate()
     assert process.returncode == 0
