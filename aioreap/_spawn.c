@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -665,8 +666,11 @@ spawn_start(struct spawn *s)
 void
 spawn_abandon(struct spawn *s)
 {
+    struct pollfd exit_event = {.fd = s->pidfd, .events = POLLIN};
     CALL4(SYS_pidfd_send_signal, s->pidfd, SIGKILL, NULL, 0);
-    if (s->exit_signal != 0)
+    if (poll(&exit_event, 1, 200) == 1) /* else it sleeps uninterruptibly */
+        s->left = 1;
+    if (s->left && s->exit_signal != 0)
         waitpid(s->pid, NULL, __WALL);
     close(s->pidfd);
     close(s->pipe);
