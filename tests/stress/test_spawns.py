@@ -42,11 +42,8 @@ _PAGE = os.sysconf("SC_PAGESIZE")
 
 def _compile(*arguments: str | Path) -> None:
     compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        pytest.skip("no C compiler")
+    assert compiler is not None, "no C compiler"
     done = subprocess.run([compiler, *arguments], capture_output=True, text=True, check=False)
-    if "cannot find" in done.stderr:
-        pytest.skip(done.stderr)
     assert not done.returncode, done.stderr
 
 
