@@ -43,7 +43,8 @@ def spawn(
     """Clone a child that execs the first of `paths` that can be: pid, pidfd, pipe, block.
 
     The pipe becomes readable about when the child has exec'ed or died; outcome()
-    then tells which. -1 stands for a number that is not set. OSError: there is no child.
+    then tells which. -1 stands for a number that is not set, and for the pidfd without
+    CLONE_PIDFD: nothing ends such a child. OSError: there is no child.
     """
 
 def take(block: Block, /) -> None:

@@ -652,7 +652,7 @@ spawn_start(struct spawn *s)
         return (int)-pid;
     }
     s->pid = (pid_t)pid;
-    if (s->pidfd < 0) { /* nobody could own such a child; before Linux 5.2 */
+    if (s->pidfd < 0 && (s->clone_flags & CLONE_PIDFD)) { /* before Linux 5.2 */
         CALL2(SYS_kill, pid, SIGKILL);
         waitpid(s->pid, NULL, __WALL);
         close(ends[0]);
@@ -667,6 +667,10 @@ void
 spawn_abandon(struct spawn *s)
 {
     struct pollfd exit_event = {.fd = s->pidfd, .events = POLLIN};
+    if (s->pidfd < 0) { /* without CLONE_PIDFD: nobody owns the child */
+        close(s->pipe);
+        return;
+    }
     CALL4(SYS_pidfd_send_signal, s->pidfd, SIGKILL, NULL, 0);
     if (poll(&exit_event, 1, 200) == 1) /* else it sleeps uninterruptibly */
         s->left = 1;

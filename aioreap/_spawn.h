@@ -92,7 +92,8 @@ struct spawn *spawn_new(size_t data);
 void *spawn_allocate(struct spawn *, size_t size);
 
 /* Start the child: 0, or an errno and there is no child. ENOSYS also where a
- * kernel ignores a part of clone_flags: legacy clone has no bits above 31. */
+ * kernel ignores a part of clone_flags: legacy clone has no bits above 31.
+ * Without CLONE_PIDFD the pidfd is -1, and the child cannot be abandoned. */
 int spawn_start(struct spawn *);
 
 /* Whether the child has left the caller's memory, so that step and error are

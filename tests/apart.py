@@ -1,8 +1,9 @@
-"""Runs a coroutine in a forked copy of the tests, for what a process cannot take back."""
+"""Runs tests in a forked copy, for what a process cannot take back or has to be alone for."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import os
 import traceback
@@ -57,11 +58,7 @@ def _report_of(make_loop: Factory, main: Callable[[], Coroutine[Any, Any, None]]
     return ""
 
 
-def run_apart(make_loop: Factory, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run main() on a new loop in a forked copy: what fails there fails here.
-
-    That no child, no descriptor and no block is left is asserted as well.
-    """
+def _fail_as_a_copy(report_of: Callable[[], str]) -> None:
     read_end, write_end = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # in_thread.py has two threads
@@ -69,7 +66,7 @@ def run_apart(make_loop: Factory, main: Callable[[], Coroutine[Any, Any, None]])
     if copy == 0:
         try:
             os.close(read_end)
-            os.write(write_end, _report_of(make_loop, main).encode())
+            os.write(write_end, report_of().encode())
         finally:
             os._exit(0)
     os.close(write_end)
@@ -77,3 +74,35 @@ def run_apart(make_loop: Factory, main: Callable[[], Coroutine[Any, Any, None]])
         report = reader.read()
     assert os.waitpid(copy, 0)[1] == 0
     assert not report, report
+
+
+def run_apart(make_loop: Factory, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run main() on a new loop in a forked copy: what fails there fails here.
+
+    That no child, no descriptor and no block is left is asserted as well.
+    """
+    _fail_as_a_copy(lambda: _report_of(make_loop, main))
+
+
+def in_a_copy(test: Callable[..., None]) -> Callable[..., None]:
+    """Have a test run in a forked copy, which has one thread, and no child but the test's.
+
+    That it leaves no child and no descriptor is asserted as well.
+    """
+
+    @functools.wraps(test)
+    def run(*arguments: Any, **fixtures: Any) -> None:
+        def report_of() -> str:
+            try:
+                before = open_descriptors()
+                test(*arguments, **fixtures)
+                left = {n: what for n, what in open_descriptors().items() if n not in before}
+                assert not left, f"descriptors left: {left}"
+                assert not children()
+            except BaseException:  # noqa: BLE001 - the caller raises it
+                return traceback.format_exc()
+            return ""
+
+        _fail_as_a_copy(report_of)
+
+    return run
