@@ -1,4 +1,8 @@
-"""Every asynchronous test runs over both loops and every backend that this kernel offers."""
+"""Every asynchronous test runs over both loops and every backend that this kernel offers.
+
+With AIOREAP_TEST_BACKENDS, names with spaces between them, the tests fail where
+the kernel does not offer just these, or where none has passed on one of them.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,11 @@ import asyncio
 import gc
 import itertools
 import os
+import platform
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -33,6 +39,7 @@ def backends_of_this_kernel() -> list[str]:
 uvloop.new_event_loop().close()
 
 BACKENDS = backends_of_this_kernel()
+EXPECTED = os.environ.get("AIOREAP_TEST_BACKENDS", "").split()
 
 
 def force_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -48,36 +55,85 @@ def pytest_asyncio_loop_factories(
     return _LOOPS
 
 
+# Each marker that leaves tests out, what it says of them, and whether that is so here.
+_LEFT_OUT: Mapping[str, tuple[str, bool]] = {
+    "main_thread": (
+        "needs Python's main thread, as signal.signal() does",
+        threading.current_thread() is not threading.main_thread(),
+    ),
+    "autoreap": ("is about CLONE_AUTOREAP, and needs it", "autoreap" not in BACKENDS),
+    "slow": (
+        "takes too long on an emulated machine; a smaller twin runs there",
+        bool(os.environ.get("AIOREAP_TEST_EMULATED")),
+    ),
+}
+_left_out: Counter[str] = Counter()
+_passed: Counter[str] = Counter()
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "main_thread: needs Python's main thread, as signal.signal() does"
-    )
+    for name, (meaning, _) in _LEFT_OUT.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
     config.addinivalue_line("markers", "any_backend: does not depend on the backend; runs on one")
     config.addinivalue_line(
         "markers", "clone_backends: not for popen, where subprocess.Popen itself waits for the exec"
     )
+    if EXPECTED and EXPECTED != BACKENDS:
+        raise pytest.UsageError(
+            f"meant to run on {', '.join(EXPECTED)}; this kernel offers {', '.join(BACKENDS)}"
+        )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if threading.current_thread() is not threading.main_thread():
-        skipped = [item for item in items if item.get_closest_marker("main_thread")]
-        config.hook.pytest_deselected(items=skipped)
-        items[:] = [item for item in items if item not in skipped]
+    for name, (_, is_so) in _LEFT_OUT.items():
+        left_out = [item for item in items if is_so and item.get_closest_marker(name)]
+        config.hook.pytest_deselected(items=left_out)
+        _left_out[name] += len(left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what is here now stays: the collections around each test pass it by
+
+
+def _where() -> str:
+    thread = "" if threading.current_thread() is threading.main_thread() else ", another thread"
+    return f"Python {platform.python_version()}, Linux {os.uname().release}{thread}"
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    where = (
-        "the main thread"
-        if threading.current_thread() is threading.main_thread()
-        else "another thread"
-    )
-    return f"aioreap: backends {', '.join(BACKENDS)} on Linux {os.uname().release}, in {where}"
+    return f"aioreap: {_where()}, backends {', '.join(BACKENDS)}"
+
+
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    if call.when == "call" and call.excinfo is None and isinstance(item, pytest.Function):
+        _passed[str(item.callspec.params["backend"])] += 1
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not session.config.option.collectonly and any(not _passed[name] for name in EXPECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for name in EXPECTED:
+        if not _passed[name]:
+            terminalreporter.write_line(f"FAILED: no test passed on {name}, meant to run here")
+    for name, count in _left_out.items():
+        if count:
+            terminalreporter.write_line(f"{count} tests left out: each {_LEFT_OUT[name][0]}")
+    counts = ", ".join(f"{name} {_passed[name]}" for name in BACKENDS)
+    terminalreporter.write_line(f"aioreap tests: {_where()}: passed {counts}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         names = BACKENDS
-        if metafunc.definition.get_closest_marker("clone_backends"):
+        if metafunc.definition.get_closest_marker("autoreap"):
+            names = ["autoreap"]
+        elif metafunc.definition.get_closest_marker("clone_backends"):
             names = [name for name in names if name != "popen"]
         elif metafunc.definition.get_closest_marker("any_backend"):
             names = names[:1]

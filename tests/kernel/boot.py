@@ -6,7 +6,8 @@ The guest has this machine's files as its own. The command runs as root in the
 repository's folder, its output appears here, and its exit status becomes ours.
 What it may change is a copy, which is lost at the end: the folder's, root's
 home's and the system's own; /tmp is empty and in memory, and there is no network
-but the loopback.
+but the loopback. Its environment says what the tests have to expect:
+AIOREAP_TEST_BACKENDS, from kernels.toml, and AIOREAP_TEST_EMULATED.
 
 Exit status: the command's; 69 if something that is needed cannot be had; 124
 after the time limit; 255 if the guest ended without telling one (a kernel panic),
@@ -78,7 +79,7 @@ def main() -> int:
             virtme = _install_virtme()
             kernel = find_kernel(series[arguments.kernel], CACHE)
         _say(f"booting {kernel.version}")
-        return _boot(virtme, kernel, arguments)
+        return _boot(virtme, kernel, series[arguments.kernel].backends, arguments)
     except MissingError as missing:
         _say(f"cannot boot a kernel, missing: {missing}")
         return STATUS_MISSING
@@ -158,10 +159,13 @@ def _install_virtme() -> Path:
     return folder / "bin"
 
 
-def _boot(virtme: Path, kernel: Kernel, arguments: argparse.Namespace) -> int:
+def _boot(
+    virtme: Path, kernel: Kernel, backends: Sequence[str], arguments: argparse.Namespace
+) -> int:
+    environment = ["env", f"AIOREAP_TEST_BACKENDS={' '.join(backends)}", "AIOREAP_TEST_EMULATED=1"]
     with tempfile.TemporaryDirectory(prefix="boot-", dir=CACHE) as folder:
         command = Path(folder, "command")
-        command.write_text(f"exec {shlex.join(arguments.command)}\n")
+        command.write_text(f"exec {shlex.join([*environment, *arguments.command])}\n")
         script = shlex.join(
             ["sh", str(HERE / "guest.sh"), str(REPOSITORY), str(kernel.modules), str(command)]
         )

@@ -18,13 +18,14 @@ class MissingError(Exception):
 
 @dataclass(frozen=True)
 class Series:
-    """One table of kernels.toml: which versions may be taken, and where Debian keeps them."""
+    """One table of kernels.toml: which versions, where Debian keeps them, what runs."""
 
     name: str
     good: str
     newest: str
     packages: Sequence[str]
     suites: Sequence[str]
+    backends: Sequence[str]
 
 
 @dataclass(frozen=True)
