@@ -7,12 +7,13 @@ PYTEST_ARGS ?=
 C_SOURCES := aioreap/_clone.c aioreap/_spawn.c
 C_WARNINGS := -std=c11 -O2 -Wall -Wextra -Werror
 
-.PHONY: help demo test test-kernel stress lint clean
+.PHONY: help demo test test-kernel test-bare stress lint clean
 
 help:
 	@echo 'make demo    the main job on real programs: what is true of it is printed'
 	@echo 'make test    every test, on both event loops and every backend of this kernel'
 	@echo 'make test-kernel  tests on a kernel that has CLONE_AUTOREAP, emulated; as root on Debian'
+	@echo 'make test-bare  the C alone, as init on a kernel for ARCH: aarch64, riscv64 or x86_64'
 	@echo 'make stress  the long ones: 100,000 spawns, AddressSanitizer'
 	@echo 'make lint    formatting, style and types; C with gcc and clang, warnings as errors'
 	@echo
@@ -34,6 +35,11 @@ test-kernel: $(VENV)/.built $(VENV)/.test
 		$(BIN)/python -m pytest $(or $(PYTEST_ARGS),$(KERNEL_TESTS))
 KERNEL_TESTS := tests/test_kernel.py tests/test_launch.py tests/test_loops.py tests/test_memory.py \
 	tests/test_process.py tests/test_watcher.py
+
+# It needs no set-up of Python.
+ARCH ?= aarch64
+test-bare:
+	$(PYTHON) tests/kernel/bare.py --architecture $(ARCH) --kernel $(KERNEL)
 
 stress: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python -m pytest tests/stress $(PYTEST_ARGS)

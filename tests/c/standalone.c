@@ -25,6 +25,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <termios.h>
 #include <unistd.h>
 
 #ifndef SYS_close_range
@@ -599,7 +600,9 @@ main(int argc, char **argv)
     }
     printf("%d passed, %d failed\n", passed, failed);
     fflush(stdout);
-    if (is_init)
+    if (is_init) {
+        tcdrain(1); /* else what the console has not sent is lost */
         reboot(RB_POWER_OFF);
+    }
     return failed != 0;
 }

@@ -15,24 +15,28 @@ or if that was the command's.
 """
 
 import argparse
-import fcntl
-import os
 import platform
 import re
-import select
 import shlex
-import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 import venv
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 
-from kernels import Kernel, MissingError, Series, find_kernel, read_series, run
+from host import (
+    STATUS_MISSING,
+    STATUS_TIME_LIMIT,
+    MissingError,
+    check_debian,
+    install_packages,
+    lock,
+    run,
+    run_guest,
+    say,
+)
+from kernels import Kernel, Series, find_kernel, read_series
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -41,8 +45,6 @@ CACHE = REPOSITORY / ".cache"
 HOST_PACKAGES = ["qemu-system-x86", "busybox-static", "kmod", "udev"]
 VIRTME = "virtme-ng==1.42"
 
-STATUS_MISSING = 69
-STATUS_TIME_LIMIT = 124
 STATUS_NONE = 255
 
 WRITABLE = ["/etc", "/home", "/opt", "/root", "/srv", "/usr", "/var"]
@@ -70,18 +72,18 @@ KERNEL_OPTIONS = [
 
 def main() -> int:
     """Read the command line, boot, and return the exit status."""
-    series = read_series(HERE / "kernels.toml")
+    series = read_series(HERE / "kernels.toml", "x86_64")
     arguments = _parse(series)
     try:
         _check_machine()
-        with _lock(CACHE / "boot.lock"):
-            _install_host_packages()
+        with lock(CACHE / "boot.lock"):
+            install_packages(HOST_PACKAGES)
             virtme = _install_virtme()
             kernel = find_kernel(series[arguments.kernel], CACHE)
-        _say(f"booting {kernel.version}")
+        say(f"booting {kernel.version}")
         return _boot(virtme, kernel, series[arguments.kernel].backends, arguments)
     except MissingError as missing:
-        _say(f"cannot boot a kernel, missing: {missing}")
+        say(f"cannot boot a kernel, missing: {missing}")
         return STATUS_MISSING
 
 
@@ -103,42 +105,10 @@ def _parse(series: dict[str, Series]) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _say(words: str) -> None:
-    print(f"boot.py: {words}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _lock(file: Path) -> Iterator[None]:
-    """Let one boot.py at a time change the cache folder."""
-    file.parent.mkdir(exist_ok=True)
-    with file.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
 def _check_machine() -> None:
+    check_debian()
     if platform.machine() != "x86_64":
         raise MissingError(f"an x86_64 machine, this is {platform.machine()}")
-    if os.geteuid() != 0:
-        raise MissingError("root, to install packages and to read all files for the guest")
-    for tool in ("apt-get", "dpkg-query"):
-        if shutil.which(tool) is None:
-            raise MissingError(f"{tool}: this needs a Debian machine")
-
-
-def _install_host_packages() -> None:
-    listing = run(
-        ["dpkg-query", "-W", "-f", r"${Package} ${db:Status-Status}\n"], "dpkg's list of packages"
-    )
-    installed = {line.split()[0] for line in listing.splitlines() if line.endswith(" installed")}
-    absent = [package for package in HOST_PACKAGES if package not in installed]
-    if not absent:
-        return
-    need = f"the Debian packages {' '.join(absent)}"
-    _say(f"installing {' '.join(absent)}")
-    run(["apt-get", "update"], need)
-    install = ["apt-get", "install", "--yes", "--no-install-recommends", *absent]
-    run(install, need, env={"DEBIAN_FRONTEND": "noninteractive"})
 
 
 def _install_virtme() -> Path:
@@ -146,7 +116,7 @@ def _install_virtme() -> Path:
     folder = CACHE / re.sub("=+", "-", VIRTME)
     done = folder / "installed"
     if not done.exists():
-        _say(f"installing {VIRTME}")
+        say(f"installing {VIRTME}")
         try:
             venv.create(folder, clear=True, with_pip=True)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -207,46 +177,18 @@ def _command_line(virtme: Path, kernel: Kernel, root: Path, script: str) -> list
 
 def _run_guest(line: Sequence[str], time_limit: float) -> int:
     """Run virtme-ng, copy its output, and return its exit status; end it after `time_limit`."""
-    # qemu opens its output anew and truncates it: a file would lose what was there, a pipe not.
-    # timeout(1) is for the day when we are killed ourselves: no qemu may spin on for ever.
-    guest = subprocess.Popen(
-        ["timeout", "--signal=KILL", str(time_limit + 10), *line],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        if not _copy_output(guest, time_limit):
-            _say(f"the guest was ended after {time_limit:g} seconds")
-            return STATUS_TIME_LIMIT
-        status = guest.wait()
-    finally:
-        _end(guest)
+    status = run_guest(line, time_limit, _copy)
+    if status is None:
+        say(f"the guest was ended after {time_limit:g} seconds")
+        return STATUS_TIME_LIMIT
     if status == STATUS_NONE:
-        _say("exit status 255: the command's own, or the guest died without one (see --verbose)")
+        say("exit status 255: the command's own, or the guest died without one (see --verbose)")
     return status
 
 
-def _copy_output(guest: subprocess.Popen[bytes], time_limit: float) -> bool:
-    """Copy the guest's output until its end, and say whether that came before the time limit."""
-    assert guest.stdout is not None
-    deadline = time.monotonic() + time_limit
-    while select.select([guest.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        output = os.read(guest.stdout.fileno(), 65536)
-        if not output:
-            return True
-        sys.stdout.buffer.write(output)
-        sys.stdout.buffer.flush()
-    return False
-
-
-def _end(guest: subprocess.Popen[bytes]) -> None:
-    """Kill virtme-ng and the qemu that it started: one session, one process group."""
-    with suppress(ProcessLookupError):
-        os.killpg(guest.pid, signal.SIGKILL)
-    guest.wait()
+def _copy(output: bytes) -> None:
+    sys.stdout.buffer.write(output)
+    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

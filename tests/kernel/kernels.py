@@ -1,19 +1,17 @@
 """Debian's kernels, fetched beside the machine's own packages and unpacked into a cache folder."""
 
-import os
 import re
 import shutil
-import subprocess
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from host import MissingError, run, say
+
+# Debian's name for each architecture that a kernel is taken for.
+DEBIAN_NAMES = {"x86_64": "amd64", "aarch64": "arm64", "riscv64": "riscv64"}
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-
-
-class MissingError(Exception):
-    """Something that booting a kernel needs is not there and could not be had."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +19,7 @@ class Series:
     """One table of kernels.toml: which versions, where Debian keeps them, what runs."""
 
     name: str
+    architecture: str
     good: str
     newest: str
     packages: Sequence[str]
@@ -37,34 +36,15 @@ class Kernel:
     modules: Path
 
 
-def read_series(file: Path) -> dict[str, Series]:
-    """Return the series that `file` names, by name."""
+def read_series(file: Path, architecture: str) -> dict[str, Series]:
+    """Return the series that `file` names for `architecture` (uname's word), by name."""
     with file.open("rb") as stream:
-        return {name: Series(name=name, **table) for name, table in tomllib.load(stream).items()}
-
-
-def run(
-    command: Sequence[str], need: str, *, env: dict[str, str] | None = None, cwd: Path | None = None
-) -> str:
-    """Run `command` and return its output; if it fails, raise MissingError with `need`."""
-    try:
-        done = subprocess.run(
-            command,
-            check=False,
-            env=os.environ | (env or {}),
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
-    except OSError as error:
-        raise MissingError(f"{need} ({error})") from error
-    if done.returncode:
-        words = (
-            done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
-        ).splitlines()
-        raise MissingError(f"{need} ({command[0]}: {words[-1]})")
-    return done.stdout
+        tables = tomllib.load(stream)
+    return {
+        name: Series(name=name, architecture=architecture, **table[architecture])
+        for name, table in tables.items()
+        if architecture in table
+    }
 
 
 def find_kernel(series: Series, cache: Path) -> Kernel:
@@ -109,7 +89,7 @@ def _download(series: Series, cache: Path) -> Kernel:
     names = run(["apt-cache", "pkgnames", "linux-"], "apt-cache", env=environ).split()
     version = _choose(series, set(names))
     packages = [package.format(version) for package in series.packages]
-    print(f"boot.py: downloading {' '.join(packages)}", flush=True)
+    say(f"downloading {' '.join(packages)}")
     parts = cache / f"unpacking-{version}"
     shutil.rmtree(parts, ignore_errors=True)
     (parts / "tree").mkdir(parents=True)
@@ -147,7 +127,8 @@ def _choose(series: Series, names: set[str]) -> str:
 
 
 def _apt_configuration(series: Series, cache: Path) -> Path:
-    folder = cache / "apt" / series.name
+    debian_name = DEBIAN_NAMES[series.architecture]
+    folder = cache / "apt" / f"{series.name}-{debian_name}"
     (folder / "lists/partial").mkdir(parents=True, exist_ok=True)
     (folder / "cache/archives/partial").mkdir(parents=True, exist_ok=True)
     mirror = _mirror()
@@ -160,6 +141,8 @@ def _apt_configuration(series: Series, cache: Path) -> Path:
         "Dir::Cache": str(folder / "cache"),
         "Acquire::Languages": "none",
         "APT::Sandbox::User": "root",
+        "APT::Architecture": debian_name,
+        "APT::Architectures::": debian_name,
     }
     (folder / "apt.conf").write_text(
         "".join(f'{name} "{value}";\n' for name, value in settings.items())
