@@ -125,6 +125,8 @@ plays(const char *role, char **arguments)
     char directory[4096];
     if (strcmp(role, "exit") == 0)
         return atoi(arguments[0]);
+    if (strcmp(role, "input") == 0)
+        return read(0, directory, 1) != 0;
     if (strcmp(role, "descriptors") == 0)
         return sees_descriptors(arguments);
     if (strcmp(role, "directory") == 0)
@@ -260,6 +262,30 @@ check_statuses(void)
     for (int i = 0; i < COUNT && started == COUNT; i++)
         right += exited(finish(together[i]), i);
     check(right == COUNT, "each status is right, all together");
+}
+
+/* Its end would tell it too: the program runs until its input ends. */
+static void
+check_leaving(void)
+{
+    enum { PATIENCE = 10000 }; /* milliseconds */
+    int input[2], left = 0;
+    if (pipe2(input, O_CLOEXEC) < 0)
+        abort();
+    struct spawn_descriptor descriptor = {input[0], 0};
+    struct spawn *s = PREPARE("input");
+    s->descriptors = &descriptor;
+    s->descriptor_count = 1;
+    int error = spawn_start(s);
+    for (int i = 0; error == 0 && i < PATIENCE && !(left = spawn_has_left(s, 0)); i++)
+        poll(NULL, 0, 1);
+    check(left, "it is seen to have left the memory while its program runs");
+    close(input[0]);
+    close(input[1]);
+    if (error)
+        spawn_release(s);
+    else
+        check(exited(finish(s), 0), "its program ran until then");
 }
 
 static void
@@ -532,6 +558,7 @@ check_all(const char *name)
         offered++;
         int guards = guards_mapped(), descriptors = descriptors_open();
         check_statuses();
+        check_leaving();
         check_exec();
         check_directory();
         check_descriptors();

@@ -193,7 +193,7 @@ def _boot(
         return STATUS_TIME_LIMIT
     if problems:
         return 1
-    for words in _not_offered(lines):
+    for words in dict.fromkeys(_not_offered(lines)):
         print(words)
     print(f"{series.architecture}, Linux {kernel.version}: {passed} checks passed")
     return 0
@@ -211,7 +211,7 @@ def _judge(lines: Sequence[str], lacks: Sequence[str]) -> tuple[int, list[str]]:
         return 0, [*problems, f"the program did not come to its end, the last lines are:\n{last}"]
     passed, failed = int(closing[0][1]), int(closing[0][2])
     if failed:
-        problems.append(f"{failed} checks failed")
+        problems.append(f"checks that failed: {failed}")
     if not passed:
         problems.append("no check passed")
     return passed, problems
