@@ -7,13 +7,14 @@ PYTEST_ARGS ?=
 C_SOURCES := aioreap/_clone.c aioreap/_spawn.c
 C_WARNINGS := -std=c11 -O2 -Wall -Wextra -Werror
 
-.PHONY: help demo test test-kernel test-bare stress lint clean
+.PHONY: help demo test test-kernel stress lint clean
 
 help:
 	@echo 'make demo    the main job on real programs: what is true of it is printed'
 	@echo 'make test    every test, on both event loops and every backend of this kernel'
-	@echo 'make test-kernel  tests on a kernel that has CLONE_AUTOREAP, emulated; as root on Debian'
-	@echo 'make test-bare  the C alone, as init on a kernel for ARCH: aarch64, riscv64 or x86_64'
+	@echo 'make test-kernel  the same on emulated kernels, 7.x with CLONE_AUTOREAP and 6.1 without exit'
+	@echo '             info, and the C alone on aarch64; as root on Debian. KERNEL=7 or 6.1: one of'
+	@echo '             them; ARCH=aarch64, riscv64 or x86_64: the C alone there'
 	@echo 'make stress  the long ones: 100,000 spawns, AddressSanitizer'
 	@echo 'make lint    formatting, style and types; C with gcc and clang, warnings as errors'
 	@echo
@@ -28,18 +29,24 @@ test: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python -m pytest --ignore=tests/stress $(PYTEST_ARGS)
 	$(BIN)/python tests/in_thread.py --ignore=tests/stress $(PYTEST_ARGS)
 
-# KERNEL=6.1 boots Debian 12's instead.
-KERNEL ?= 7
+# What runs where: all of it, or with KERNEL or ARCH one part.
 test-kernel: $(VENV)/.built $(VENV)/.test
-	$(PYTHON) tests/kernel/boot.py --kernel $(KERNEL) --time-limit 1800 -- \
-		$(BIN)/python -m pytest $(or $(PYTEST_ARGS),$(KERNEL_TESTS))
-KERNEL_TESTS := tests/test_kernel.py tests/test_launch.py tests/test_loops.py tests/test_memory.py \
-	tests/test_process.py tests/test_watcher.py
+ifdef ARCH
+	$(PYTHON) tests/kernel/bare.py --architecture $(ARCH) $(if $(KERNEL),--kernel $(KERNEL))
+else ifdef KERNEL
+	$(call boot,$(KERNEL))
+else
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target boot-7 boot-6.1 bare-aarch64
+endif
 
-# It needs no set-up of Python.
-ARCH ?= aarch64
-test-bare:
-	$(PYTHON) tests/kernel/bare.py --architecture $(ARCH) --kernel $(KERNEL)
+boot-%:
+	$(call boot,$*)
+
+bare-%:
+	$(PYTHON) tests/kernel/bare.py --architecture $*
+
+boot = $(PYTHON) tests/kernel/boot.py --kernel $(1) --time-limit 3000 -- \
+	$(BIN)/python -m pytest --ignore=tests/stress -p no:cacheprovider $(PYTEST_ARGS)
 
 stress: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python -m pytest tests/stress $(PYTEST_ARGS)
