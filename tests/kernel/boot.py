@@ -147,7 +147,8 @@ def _boot(
 
 def _command_line(virtme: Path, kernel: Kernel, root: Path, script: str) -> list[str]:
     line = [
-        str(virtme / "virtme-run"),
+        str(virtme / "python"),
+        str(HERE / "cached_root.py"),
         "--kimg",
         str(kernel.image),
         "--mods=auto",
