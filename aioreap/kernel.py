@@ -54,7 +54,7 @@ _ASK_AGAIN_LATER: Final = frozenset(
 )
 
 BackendName = Literal["autoreap", "pidfd", "popen"]
-_FORCED: Final = "AIOREAP_BACKEND says so"
+FORCED: Final = "AIOREAP_BACKEND says so"
 
 
 class ExitStatus(NamedTuple):
@@ -152,7 +152,7 @@ class Backend:
     @property
     def forced(self) -> bool:
         """Whether it is AIOREAP_BACKEND that chose it; then nothing else is fallen back to."""
-        return self.reason == _FORCED
+        return self.reason == FORCED
 
     @property
     def legacy_clone(self) -> bool:
@@ -180,6 +180,12 @@ def _errno_of(call: Callable[[], object]) -> int:
     return 0
 
 
+def _descriptor_feature(call: Callable[[int], object]) -> Feature:
+    # On a descriptor that cannot be open: EBADF says that the call is known.
+    error = _errno_of(lambda: call(2**31 - 1))
+    return _answer(0 if error == errno.EBADF else error)
+
+
 def _clone_feature(flags: int, *, legacy: bool = False) -> Feature:
     return _answer(_clone.probe(flags, legacy))
 
@@ -205,23 +211,21 @@ def _exit_info_feature(pidfd: int) -> Feature:
 
 def _probe() -> dict[str, Feature]:
     features: dict[str, Feature] = {}
-    # On a descriptor that cannot be open: EBADF says that P_PIDFD is known.
-    waitid = _errno_of(lambda: os.waitid(os.P_PIDFD, 2**31 - 1, os.WEXITED | os.WNOHANG))
-    features["waitid_pidfd"] = _answer(0 if waitid == errno.EBADF else waitid)
+    features["waitid_pidfd"] = _descriptor_feature(
+        lambda closed: os.waitid(os.P_PIDFD, closed, os.WEXITED | os.WNOHANG)
+    )
+    features["pidfd_send_signal"] = _descriptor_feature(
+        lambda closed: signal.pidfd_send_signal(closed, 0)
+    )
     try:
         own = os.pidfd_open(os.getpid())
     except OSError as error:
         features["pidfd_open"] = _answer(error.errno or 0)
         no_pidfd = Feature(False, "not asked (needs pidfd_open)")
-        features.update(
-            dict.fromkeys(("pidfd_send_signal", "pidfd_get_info", "exit_info"), no_pidfd)
-        )
+        features.update(dict.fromkeys(("pidfd_get_info", "exit_info"), no_pidfd))
     else:
         try:
             features["pidfd_open"] = Feature(True, "yes")
-            features["pidfd_send_signal"] = _answer(
-                _errno_of(lambda: signal.pidfd_send_signal(own, 0))
-            )
             features["pidfd_get_info"] = _answer(_errno_of(lambda: _pidfd_info(own)))
             features["exit_info"] = _exit_info_feature(own)
         finally:
@@ -271,7 +275,7 @@ def _choose(features: Mapping[str, Feature]) -> tuple[BackendName, str]:
         missing = _missing(forced, features)
         if missing is not None:
             raise OSError(errno.ENOSYS, f"AIOREAP_BACKEND={forced} cannot be had here; {missing}")
-        return cast("BackendName", forced), _FORCED
+        return cast("BackendName", forced), FORCED
     lacks_autoreap = _missing("autoreap", features)
     tracer = _tracer_pid()
     if lacks_autoreap is None and not tracer:
@@ -280,11 +284,13 @@ def _choose(features: Mapping[str, Feature]) -> tuple[BackendName, str]:
         why = f"process {tracer} traces this one, and would take an auto-reaped child for a thread"
     else:
         why = f"no CLONE_AUTOREAP ({lacks_autoreap})"
-    if _missing("pidfd", features) is None:
+    lacks_pidfd, lacks_popen = _missing("pidfd", features), _missing("popen", features)
+    if lacks_pidfd is None:
         return "pidfd", why
-    if _missing("popen", features) is None:
-        return "popen", f"{why}; {_missing('pidfd', features)}"
-    raise OSError(errno.ENOSYS, f"aioreap needs pidfds (Linux 5.4); {_missing('popen', features)}")
+    if lacks_popen is None:
+        return "popen", f"{why}; {lacks_pidfd}"
+    lacks = lacks_pidfd if lacks_pidfd == lacks_popen else f"{lacks_pidfd}; {lacks_popen}"
+    raise OSError(errno.ENOSYS, f"aioreap needs pidfds (Linux 5.4); {lacks}")
 
 
 _backend: Backend | None = None

@@ -332,8 +332,11 @@ class SpawnPlan:
                 if error.errno not in kernel.REFUSALS:
                     raise
                 refused = refused or error
-        if refused is not None and (self.options.get("autoreap") or backend.forced):
-            raise refused
+        asked = self.options.get("autoreap")
+        if refused is not None and (asked or backend.forced):
+            why = "autoreap=True" if asked else kernel.FORCED
+            message = f"{refused.strerror}: the clone is refused, and nothing else tried, as {why}"
+            raise OSError(refused.errno, message)
         return self._fork()
 
     def _fork(self) -> Spawned:
@@ -424,6 +427,8 @@ class SpawnPlan:
                 f"the child was killed before it could run {self.program!r}"
             )
         message = os.strerror(error)
+        if step == _clone.STEP_START and error in kernel.REFUSALS:
+            return OSError(error, f"{message}: pidfd_open, which backend popen and preexec_fn need")
         if step == _clone.STEP_EXEC:
             return OSError(error, message, self.program)
         if step == _clone.STEP_CHDIR and self.cwd is not None:

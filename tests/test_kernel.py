@@ -103,7 +103,8 @@ def test_without_pidfds_there_is_no_backend(monkeypatch: pytest.MonkeyPatch) -> 
     answer(monkeypatch, clone3=HIDDEN, autoreap=HIDDEN, legacy=HIDDEN)
     monkeypatch.setattr(kernel.os, "pidfd_open", hidden)
     with pytest.raises(
-        OSError, match=r"aioreap needs pidfds \(Linux 5.4\); pidfd_open: no \(EPERM"
+        OSError,
+        match=r"aioreap needs pidfds \(Linux 5.4\); clone_pidfd: no .*; pidfd_open: no \(EPERM",
     ):
         aioreap.backend()
 
