@@ -41,7 +41,12 @@ def _report_of(make_loop: Factory, main: Callable[[], Coroutine[Any, Any, None]]
         # libuv opens /dev/null at a loop's first stream, and keeps it.
         await (await aioreap.create_subprocess_exec("true", stdin=-1)).communicate()
         before = open_descriptors()
-        await main()
+        try:
+            await main()
+        except BaseException:
+            # What uvloop may not warn of it does not close, and its close() waits for that.
+            warnings.simplefilter("ignore", ResourceWarning)
+            raise
         gc.collect()
         after = open_descriptors()
         left = {n: what for n, what in after.items() if n not in before}
