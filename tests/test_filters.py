@@ -24,7 +24,7 @@ from conftest import BACKENDS
 from test_launch import HeldProgram, until
 
 import aioreap
-from aioreap import kernel, spawn
+from aioreap import forking, kernel, spawn
 
 pytestmark = pytest.mark.skipif(not seccomp.IS_POSSIBLE, reason="no filter for this machine")
 
@@ -189,6 +189,21 @@ async def expect_that_children_work() -> None:
     assert caught.value.filename == "/nonexistent"
 
 
+async def is_made_by_popen() -> bool:
+    """Whether subprocess.Popen makes the next child, and so holds the loop until its exec."""
+    real, plans = forking.spawn, []
+
+    def spy(plan: spawn.SpawnPlan) -> tuple[int, int]:
+        plans.append(plan)
+        return real(plan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forking, "spawn", spy)
+        process = await aioreap.create_subprocess_exec("true")
+    assert await process.wait() == 0
+    return bool(plans)
+
+
 async def expect_that_no_descriptor_leaks() -> None:
     """More of them than one read of a directory can hold, and one that is to be passed."""
     read_end, write_end = os.pipe()
@@ -219,6 +234,7 @@ def run_filtered_server(
                 await aioreap.create_subprocess_exec("true", **PIPES)
             return
         assert aioreap.backend().name == behind.backend
+        assert await is_made_by_popen() is (behind.backend == "popen")
         await expect_that_children_work()
         await expect_that_no_descriptor_leaks()
 
@@ -302,6 +318,7 @@ def test_a_spawn_after_a_filter_falls_back_and_those_before_it_are_settled(
                 await aioreap.create_subprocess_exec("true", **PIPES)
             assert caught.value.errno == errno.EPERM
         else:
+            assert await is_made_by_popen() is (behind.backend == "popen")
             await expect_that_children_work()
             await expect_that_no_descriptor_leaks()
         await before.expect_that_they_are_settled()
