@@ -133,9 +133,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         names = BACKENDS
         if metafunc.definition.get_closest_marker("autoreap"):
             names = ["autoreap"]
-        elif metafunc.definition.get_closest_marker("clone_backends"):
+        if metafunc.definition.get_closest_marker("clone_backends"):
             names = [name for name in names if name != "popen"]
-        elif metafunc.definition.get_closest_marker("any_backend"):
+        if metafunc.definition.get_closest_marker("any_backend"):
             names = names[:1]
         metafunc.parametrize("backend", names, indirect=True)
 

@@ -16,7 +16,7 @@ import pytest
 import aioreap
 
 EMULATED = bool(os.environ.get("AIOREAP_TEST_EMULATED"))
-COUNT = int(os.environ.get("AIOREAP_HOSTILE_COUNT", "50" if EMULATED else "1000"))
+COUNT = int(os.environ.get("AIOREAP_HOSTILE_COUNT", "20" if EMULATED else "1000"))
 AT_ONCE = 16
 
 # What others have reaped.

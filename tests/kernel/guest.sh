@@ -37,6 +37,15 @@ done
 echo core >/proc/sys/kernel/core_pattern
 prlimit --pid $$ --nofile=65536 --memlock=67108864
 
+# The programs that the tests start most: one static file, which starts in a third of the time.
+if [ -x /bin/busybox ]; then
+    mkdir /run/programs
+    cp /bin/busybox /run/programs/
+    for name in cat false sh sleep true; do
+        ln -s busybox "/run/programs/$name"
+    done
+fi
+
 # The init program gave us virtio ports, which admit one opener and no poll: the command gets a
 # pipe, and /dev/stdout is again its own.
 ln -sf /proc/self/fd/1 /dev/stdout
@@ -48,7 +57,7 @@ copier=$!
 cd "$repository"
 status=0
 env -i HOME=/root USER=root LOGNAME=root SHELL=/bin/sh LANG=C.UTF-8 TERM=dumb \
-    PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    PATH=/run/programs:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     sh "$command" </dev/null >/run/output 2>&1 || status=$?
 
 # A process that the command left behind may hold the pipe: what it writes after this is lost.
