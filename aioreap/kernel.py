@@ -261,7 +261,7 @@ def _missing(name: str, features: Mapping[str, Feature]) -> str | None:
         "pidfd": ("waitid_pidfd", "clone3" if features["clone3"].available else "clone_pidfd"),
         "popen": ("waitid_pidfd", "pidfd_open"),
     }[name]
-    for need in needs:
+    for need in (*needs, "pidfd_send_signal"):  # what cannot be killed cannot be cancelled
         if not features[need].available:
             return f"{need}: {features[need].answer}"
     return None
