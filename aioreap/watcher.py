@@ -172,7 +172,8 @@ class Child:
     def destroy(self) -> None:
         """Kill the child at once and give up its descriptors, with no help from a loop.
 
-        It is dead at the return, or (in uninterruptible sleep) reaped at a later spawn.
+        It is gone at the return, or (in uninterruptible sleep) later: then the next spawns reap it,
+        if it does not do so itself.
         """
         self._callbacks.clear()
         if self.pidfd < 0:
@@ -183,12 +184,13 @@ class Child:
         with contextlib.suppress(PermissionError):  # it runs a set-user-ID program
             self.send_signal(signal.SIGKILL)
         pidfd = self._detach()
+        poll = select.poll()
+        # An auto-reaped child is gone when its pidfd hangs up, a little after it is readable.
+        poll.register(pidfd, select.POLLIN if self._reap else select.POLLHUP)
+        poll.poll(_DEATH_PATIENCE_MS)
         if not self._reap:
             os.close(pidfd)
             return
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        poll.poll(_DEATH_PATIENCE_MS)
         _orphans.append(pidfd)
         reap_orphans()
 

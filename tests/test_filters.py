@@ -97,6 +97,7 @@ def run_filtered(
 # A server that starts behind a filter.
 
 
+@pytest.mark.slow
 @pytest.mark.any_backend
 @each_filter
 def test_the_backend_is_the_best_that_is_left_and_says_why(behind: Filter) -> None:
@@ -237,6 +238,7 @@ def run_filtered_server(
                 await aioreap.create_subprocess_exec("true", **PIPES)
             return
         assert aioreap.backend().name == behind.backend
+        assert behind.reason in aioreap.backend().reason
         assert await is_made_by_popen() is (behind.backend == "popen")
         await expect_that_children_work()
         await expect_that_no_descriptor_leaks()

@@ -107,7 +107,7 @@ def _traced(backend: str, loop: str) -> list[Spawn]:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -143,7 +143,7 @@ def _least(calls: list[list[Call]]) -> Counter[str]:
     return min(counts, key=Counter.total)
 
 
-@pytest.fixture(params=["EventLoop", "UvloopEventLoop"])
+@pytest.fixture(params=["EventLoop", pytest.param("UvloopEventLoop", marks=pytest.mark.slow)])
 def loop_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
