@@ -7,13 +7,13 @@ the kernel does not offer just these, or where none has passed on one of them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import os
 import platform
 import signal
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -173,20 +173,22 @@ def blocks_mapped() -> int:
 
 
 def children() -> list[int]:
-    """The pids of this process's children, zombies included, of all its threads."""
+    """The pids of this process's children, zombies included, of all its threads.
+
+    Without those that nobody can wait for any more: they are dead, and about to be gone.
+    """
     found: list[int] = []
     for task in Path("/proc/self/task").iterdir():
         found += map(int, (task / "children").read_text().split())
-    return found
+    return [pid for pid in found if _state(pid) not in ("X", None)]
 
 
-def is_dead(pid: int) -> bool:
-    """Whether it has exited and is still to be seen."""
+def _state(pid: int) -> str | None:
+    """The letter of its state, None if there is no such process."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state in "ZX"
+        return None
 
 
 @pytest.fixture(autouse=True)
@@ -198,13 +200,10 @@ def _nothing_left(backend: str) -> Iterator[None]:
     gc.collect()
     left = {n: what for n, what in open_descriptors().items() if n not in before}
     strangers = [pid for pid in children() if pid not in family]
-    deadline = time.monotonic() + 5
-    while backend == "autoreap" and any(map(is_dead, strangers)) and time.monotonic() < deadline:
-        # A dead one is on its way out, and nobody can wait for it.
-        strangers = [pid for pid in children() if pid not in family]
     for pid in strangers:
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        with contextlib.suppress(ChildProcessError):  # auto-reaped
+            os.waitpid(pid, 0)
     assert not strangers, f"children left: {strangers}"
     assert not left, f"descriptors left: {left}"
     assert blocks_mapped() <= blocks

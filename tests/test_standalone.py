@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.any_backend
+pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
 
 _HERE = Path(__file__).parent
 _SOURCES = [_HERE / "c" / "standalone.c", _HERE.parent / "aioreap" / "_spawn.c"]
