@@ -72,6 +72,7 @@ def _close_plans() -> None:
 os.register_at_fork(after_in_child=_close_plans)
 
 _PIPE_TO_BE: Final = -10  # less the child's descriptor: a source that is made at the clone
+_NOT_OPEN: Final = -9  # a negative descriptor of the caller: EBADF, from the child
 _LARGEST_INT: Final = 2**31 - 1
 _PIPE_ENDS: Final = {0: (0, 1), 1: (1, 0), 2: (1, 0)}  # (child's, parent's) of os.pipe()
 
@@ -239,7 +240,7 @@ class SpawnPlan:
             if self._null < 0:
                 self._null = self._keep(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
             return self._null
-        return given if isinstance(given, int) else given.fileno()
+        return max(given if isinstance(given, int) else given.fileno(), _NOT_OPEN)
 
     def _keep(self, descriptor: int) -> int:
         self._own.append(descriptor)
@@ -274,7 +275,7 @@ class SpawnPlan:
             self.umask = umask()
         copies: dict[int, int] = {}
         for source, _ in self.descriptors:
-            if source > _PIPE_TO_BE and source not in copies and source not in self._own:
+            if source >= 0 and source not in copies and source not in self._own:
                 copies[source] = self._keep(fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, 3))
         self.descriptors = [(copies.get(s, s), target) for s, target in self.descriptors]
         self._surroundings = Surroundings.now()

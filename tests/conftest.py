@@ -179,7 +179,8 @@ def children() -> list[int]:
     """
     found: list[int] = []
     for task in Path("/proc/self/task").iterdir():
-        found += map(int, (task / "children").read_text().split())
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ends
+            found += map(int, (task / "children").read_text().split())
     return [pid for pid in found if _state(pid) not in ("X", None)]
 
 

@@ -152,6 +152,8 @@ CASES: dict[str, dict[str, Case]] = {
             because="Popen takes it for none at all before Python 3.13",
         ),
         "stdin negative": Case(options={"stdin": -7}),
+        "stdin more negative": Case(options={"stdin": -10}),
+        "stdin as negative as can be": Case(options={"stdin": -(2**31)}),
         "pipesize a string": Case(options={"stdin": -1, "pipesize": "8192"}),
         "pipesize a float": Case(options={"stdout": -1, "pipesize": 8192.0}),
         "pipesize without end": Case(options={"stdout": -1, "pipesize": 2**31}),

@@ -250,6 +250,21 @@ async def test_a_forked_copy_holds_no_pipe_of_a_spawn_in_flight(held: HeldProgra
     assert os.waitpid(copy, 0)[1] == 0
 
 
+async def test_a_deferred_spawn_from_a_negative_descriptor_is_popens_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "TURN_BUDGET_NS", 1)
+    process, error = await asyncio.gather(
+        aioreap.create_subprocess_exec("true"),
+        aioreap.create_subprocess_exec("true", stdin=-7),
+        return_exceptions=True,
+    )
+    assert isinstance(process, aioreap.Process)
+    assert await process.wait() == 0
+    assert isinstance(error, OSError)
+    assert error.errno == errno.EBADF
+
+
 async def test_two_threads_spawn_at_once(backend: str) -> None:
     async def several() -> set[int]:
         processes = [await aioreap.create_subprocess_exec("false") for _ in range(20)]

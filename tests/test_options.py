@@ -103,7 +103,7 @@ async def test_env_is_all_that_the_child_has(env: dict[Any, Any], expected: str)
 
 async def test_executable_runs_in_the_name_of_the_program() -> None:
     assert await output_of("my name", "-c", "echo $0", executable="/bin/sh") == "my name"
-    assert await output_of("my name", "-c", "echo $0", executable=b"sh") == "my name"
+    assert await output_of("my name", "-c", "echo $0", executable=b"bash") == "my name"
 
 
 @pytest.fixture
@@ -576,10 +576,12 @@ async def test_autoreap_false_and_none_work_everywhere(autoreap: bool | None) ->
 async def test_autoreap_true_is_auto_reaped_or_an_error_that_says_why(backend: str) -> None:
     if backend == "autoreap":
         process = await aioreap.create_subprocess_exec("cat", stdin=-1, autoreap=True)
-        with pytest.raises(ChildProcessError):
-            os.waitid(os.P_PIDFD, process.pidfd, os.WEXITED | os.WNOHANG)
+        pidfd = os.dup(process.pidfd)
         await process.communicate()
         assert process.returncode == 0
+        with pytest.raises(ChildProcessError):
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+        os.close(pidfd)
         return
     with pytest.raises(OSError, match=f"needs backend autoreap; this is {backend}") as caught:
         await aioreap.create_subprocess_exec("true", stdin=-1, stdout=-1, autoreap=True)

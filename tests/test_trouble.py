@@ -447,7 +447,7 @@ def factory(request: pytest.FixtureRequest) -> Factory:
 
 
 # What asyncio and uvloop themselves warn of: pipes that only a running loop could close.
-OF_THE_LOOPS = re.compile(r"^loop is closed$|PipeTransport fd=|UnixTransport closed=")
+OF_THE_LOOPS = re.compile(r"^loop is closed$|PipeTransport (closing )?fd=|UnixTransport closed=")
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ async def test_a_death_by_signal_has_its_name(number: int) -> None:
 
 async def test_a_core_dump_is_seen(tmp_path: os.PathLike[str]) -> None:
     process = await aioreap.create_subprocess_exec(
-        "sh", "-c", "ulimit -c 1024 && kill -QUIT $$", cwd=tmp_path
+        "/bin/sh", "-c", "ulimit -c 1024 && kill -QUIT $$", cwd=tmp_path
     )
     info = await process.wait_exit()
     assert info.signal == signal.SIGQUIT

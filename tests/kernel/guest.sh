@@ -41,7 +41,7 @@ prlimit --pid $$ --nofile=65536 --memlock=67108864
 if [ -x /bin/busybox ]; then
     mkdir /run/programs
     cp /bin/busybox /run/programs/
-    for name in cat false sh sleep true; do
+    for name in cat false id sh sleep true; do
         ln -s busybox "/run/programs/$name"
     done
 fi
