@@ -347,8 +347,8 @@ async def test_a_cancellation_at_any_turn_leaves_nothing(
                 creating.cancel()
         if not creating.cancelled():
             break
-        if again:  # then nobody waits for a child that dies slowly; the loop reaps it
-            await until(lambda: not children())
+        if again:  # then nobody waits for a child that dies slowly; the loop does the rest
+            await until(lambda: not children() and open_descriptors() == before)
         assert children() == []
         assert open_descriptors() == before
     if program == "true":
@@ -380,7 +380,7 @@ async def test_a_cancellation_while_the_program_is_loaded_leaves_nothing(
         assert creating.cancelled()
         held.close()
         if again:
-            await until(lambda: not children())
+            await until(lambda: not children() and open_descriptors() == before)
         assert children() == []
         assert open_descriptors() == before
         held.path.unlink()
