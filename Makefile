@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 C_SOURCES := aioreap/_clone.c aioreap/_spawn.c
 C_WARNINGS := -std=c11 -O2 -Wall -Wextra -Werror
 
-.PHONY: help demo test test-kernel stress lint clean
+.PHONY: help demo test test-kernel always stress lint clean
 
 help:
 	@echo 'make demo    the main job on real programs: what is true of it is printed'
@@ -39,14 +39,14 @@ else
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target boot-7 boot-6.1 bare-aarch64
 endif
 
-boot-%:
+boot-%: always
 	$(call boot,$*)
 
-bare-%:
+bare-%: always
 	$(PYTHON) tests/kernel/bare.py --architecture $*
 
-boot = $(PYTHON) tests/kernel/boot.py --kernel $(1) --time-limit 3000 -- \
-	$(BIN)/python -m pytest --ignore=tests/stress -p no:cacheprovider $(PYTEST_ARGS)
+boot = $(PYTHON) tests/kernel/boot.py --kernel $(1) --time-limit 1800 -- $(BIN)/python -m pytest \
+	--ignore=tests/stress -p no:cacheprovider -o faulthandler_timeout=600 $(PYTEST_ARGS)
 
 stress: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python -m pytest tests/stress $(PYTEST_ARGS)

@@ -69,11 +69,14 @@ def _fail_as_a_copy(report_of: Callable[[], str]) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)  # in_thread.py has two threads
         copy = os.fork()
     if copy == 0:
+        status = 1
         try:
             os.close(read_end)
-            os.write(write_end, report_of().encode())
+            with open(write_end, "wb") as writer:
+                writer.write(report_of().encode(errors="backslashreplace"))
+            status = 0
         finally:
-            os._exit(0)
+            os._exit(status)
     os.close(write_end)
     with open(read_end, encoding="utf-8") as reader:
         report = reader.read()

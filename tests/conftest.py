@@ -1,7 +1,8 @@
 """Every asynchronous test runs over both loops and every backend that this kernel offers.
 
 With AIOREAP_TEST_BACKENDS, names with spaces between them, the tests fail where
-the kernel does not offer just these, or where none has passed on one of them.
+the kernel does not offer just these, or where none has passed on one of them. With
+AIOREAP_TEST_EMULATED, those that take too long on such a machine are left out.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ uvloop.new_event_loop().close()
 
 BACKENDS = backends_of_this_kernel()
 EXPECTED = os.environ.get("AIOREAP_TEST_BACKENDS", "").split()
+EMULATED = bool(os.environ.get("AIOREAP_TEST_EMULATED"))
+# On emulated kernels, so that each runs on one with CLONE_AUTOREAP or on one without.
+_PAIRS_OF_OTHERS = (
+    {("pidfd", "uvloop"), ("popen", "asyncio")}
+    if "autoreap" in BACKENDS
+    else {("pidfd", "asyncio"), ("popen", "uvloop")}
+)
 
 
 def force_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -64,10 +72,12 @@ _LEFT_OUT: Mapping[str, tuple[str, bool]] = {
     "autoreap": ("is about CLONE_AUTOREAP, and needs it", "autoreap" not in BACKENDS),
     "slow": (
         "takes too long on an emulated machine; a smaller twin runs there",
-        bool(os.environ.get("AIOREAP_TEST_EMULATED")),
+        EMULATED,
     ),
+    "pair_of_others": ("has a loop and a backend that are tried on the other kernels", EMULATED),
 }
 _left_out: Counter[str] = Counter()
+_selected: Counter[str] = Counter()
 _passed: Counter[str] = Counter()
 
 
@@ -84,7 +94,24 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
+def _backend_of(item: pytest.Item) -> str:
+    assert isinstance(item, pytest.Function)
+    return str(item.callspec.params["backend"])
+
+
+def _is_pair_of_others(item: pytest.Item) -> bool:
+    words = item.name.partition("[")[2].rstrip("]").split("-")
+    loops = {"asyncio", "EventLoop"} & {*words}, {"uvloop", "UvloopEventLoop"} & {*words}
+    return any(
+        found and (_backend_of(item), loop) in _PAIRS_OF_OTHERS
+        for found, loop in zip(loops, ("asyncio", "uvloop"), strict=True)
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if _is_pair_of_others(item):
+            item.add_marker("pair_of_others")
     for name, (_, is_so) in _LEFT_OUT.items():
         left_out = [item for item in items if is_so and item.get_closest_marker(name)]
         config.hook.pytest_deselected(items=left_out)
@@ -92,7 +119,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    _selected.update(map(_backend_of, session.items))
     gc.collect()
     gc.freeze()  # what is here now stays: the collections around each test pass it by
 
@@ -107,20 +135,23 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
-    if call.when == "call" and call.excinfo is None and isinstance(item, pytest.Function):
-        _passed[str(item.callspec.params["backend"])] += 1
+    if call.when == "call" and call.excinfo is None:
+        _passed[_backend_of(item)] += 1
+
+
+def _did_not_run() -> list[str]:
+    return [name for name in EXPECTED if _selected[name] and not _passed[name]]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not session.config.option.collectonly and any(not _passed[name] for name in EXPECTED):
+    if not session.config.option.collectonly and _did_not_run():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for name in EXPECTED:
-        if not _passed[name]:
-            terminalreporter.write_line(f"FAILED: no test passed on {name}, meant to run here")
+    for name in _did_not_run():
+        terminalreporter.write_line(f"FAILED: no test passed on {name}, meant to run here")
     for name, count in _left_out.items():
         if count:
             terminalreporter.write_line(f"{count} tests left out: each {_LEFT_OUT[name][0]}")
@@ -202,8 +233,8 @@ def _nothing_left(backend: str) -> Iterator[None]:
     left = {n: what for n, what in open_descriptors().items() if n not in before}
     strangers = [pid for pid in children() if pid not in family]
     for pid in strangers:
-        os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):  # auto-reaped
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):  # auto-reaped
+            os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
     assert not strangers, f"children left: {strangers}"
     assert not left, f"descriptors left: {left}"

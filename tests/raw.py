@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -112,7 +113,7 @@ def spawn(*command: str, flags: int = AUTOREAP, exit_signal: int | None = None) 
     _clone.take(block)
     wait_readable(pipe)
     while (outcome := _clone.outcome(block, False)) is None:
-        pass
+        time.sleep(0.0001)  # it may need this processor
     os.close(pipe)
     assert outcome == (_clone.STEP_EXEC, 0)
     return Child(pid, pidfd, stdin, stdout)

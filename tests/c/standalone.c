@@ -618,7 +618,10 @@ main(int argc, char **argv)
         mount("none", "/proc", "proc", 0, NULL);
     }
     check_all("");
-    if (hide_close_range()) {
+    int hidden = hide_close_range();
+    if (is_init)
+        check(hidden, "hide close_range");
+    if (hidden) {
         check_all(", without close_range");
         if (is_init) {
             umount("/proc");

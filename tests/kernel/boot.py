@@ -42,7 +42,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 CACHE = REPOSITORY / ".cache"
 
-HOST_PACKAGES = ["qemu-system-x86", "busybox-static", "kmod", "udev"]
+HOST_PACKAGES = ["qemu-system-x86", "busybox-static", "kmod", "udev", "strace"]
 VIRTME = "virtme-ng==1.42"
 
 STATUS_NONE = 255

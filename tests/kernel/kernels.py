@@ -48,13 +48,20 @@ def read_series(file: Path, architecture: str) -> dict[str, Series]:
 
 
 def find_kernel(series: Series, cache: Path) -> Kernel:
-    """Return the kernel of `series` to boot: the good one, another from `cache`, or a fresh one."""
-    wanted = [series.good, *sorted(_cached(series, cache), key=_numbers, reverse=True)]
-    for version in wanted:
-        folder = cache / "kernels" / version
-        if folder.is_dir():
-            return _unpacked(version, folder)
-    return _download(series, cache)
+    """Return the kernel of `series` to boot: the good one, or the best that can be had.
+
+    Where Debian cannot be asked, that is the newest in `cache`.
+    """
+    good = cache / "kernels" / series.good
+    if good.is_dir():
+        return _unpacked(series.good, good)
+    try:
+        return _download(series, cache)
+    except MissingError:
+        cached = max(_cached(series, cache), key=_numbers, default=None)
+        if cached is None:
+            raise
+        return _unpacked(cached, cache / "kernels" / cached)
 
 
 def _cached(series: Series, cache: Path) -> list[str]:
@@ -88,6 +95,9 @@ def _download(series: Series, cache: Path) -> Kernel:
     )
     names = run(["apt-cache", "pkgnames", "linux-"], "apt-cache", env=environ).split()
     version = _choose(series, set(names))
+    folder = cache / "kernels" / version
+    if folder.is_dir():
+        return _unpacked(version, folder)
     packages = [package.format(version) for package in series.packages]
     say(f"downloading {' '.join(packages)}")
     parts = cache / f"unpacking-{version}"
@@ -98,7 +108,6 @@ def _download(series: Series, cache: Path) -> Kernel:
         run(["dpkg", "-x", str(package), str(parts / "tree")], f"room to unpack {package.name}")
     modules = _unpacked(version, parts / "tree").modules
     run(["depmod", "-b", str(modules.parents[2]), version], "depmod")
-    folder = cache / "kernels" / version
     folder.parent.mkdir(exist_ok=True)
     (parts / "tree").rename(folder)
     shutil.rmtree(parts)
