@@ -33,8 +33,10 @@ _BACKSTOP: Final = 0.05
 _EARLY_TURNS: Final = 4
 _EARLY_DELAY: Final = 0.001
 _EARLY_DELAY_LIMIT: Final = 0.05
-# How often a busy program is looked at again, in seconds.
+# How often a busy program is looked at again, in seconds, and tried again. The kernel gives up a
+# child's copies of descriptors a little after it says that the child has exec'ed.
 _BUSY_DELAY: Final = 0.001
+_BUSY_RETRIES: Final = 4
 # How long abort() waits for the death of a killed child, in seconds: left in
 # peace, and when its caller is cancelled again meanwhile.
 _ABORT_PATIENCE: Final = 1.0
@@ -55,7 +57,7 @@ class Launch:
         self._spawned: Spawned | None = None
         self._pipe = -1
         self._asked_early = 0
-        self._retried = False
+        self._retries = 0
         self._aborted = False
         self._is_over = False
         self._error: BaseException | None = None
@@ -135,7 +137,7 @@ class Launch:
         try:
             self._clone()
         except BaseException as error:
-            if isinstance(error, OSError) and error.errno == errno.ETXTBSY and not self._retried:
+            if isinstance(error, OSError) and error.errno == errno.ETXTBSY and self._may_retry():
                 self._retry(set(spawn.in_flight))
                 return
             if isinstance(error, Exception):
@@ -231,10 +233,14 @@ class Launch:
 
     def _failed(self, step: int, error: int) -> None:
         """The child could not exec, and is gone by now."""
-        if error == errno.ETXTBSY and not self._retried and not self._aborted:
+        if error == errno.ETXTBSY and self._may_retry() and not self._aborted:
             self._retry(set(spawn.in_flight))
             return
         self._fail(self._plan.error_for(step, error))
+
+    def _may_retry(self) -> bool:
+        self._retries += 1
+        return self._retries <= _BUSY_RETRIES
 
     def _retry(self, others: set[Spawned]) -> None:
         """Try once more when no child of ours holds a copy of all descriptors any more.
@@ -242,11 +248,12 @@ class Launch:
         A program that this process has just written is busy as long as a child
         before its exec holds a copy of the descriptor it was written through.
         """
-        self._retried = True
         if self._aborted:
             return
         if any(other.holds_descriptors() for other in others):
             self._launcher.loop.call_later(_BUSY_DELAY, self._retry, others)
+        elif self._retries > 1:
+            self._launcher.loop.call_later(_BUSY_DELAY, self.clone)
         else:
             self.clone()
 
