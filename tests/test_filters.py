@@ -116,6 +116,7 @@ def test_the_backend_is_the_best_that_is_left_and_says_why(behind: Filter) -> No
             assert f"no ({error}: " in found["features"][name]["answer"]
 
 
+@pytest.mark.slow
 @pytest.mark.any_backend
 def test_children_that_could_not_be_killed_are_not_made() -> None:
     done = run_filtered(("pidfd_open=EPERM",), "-m", "aioreap", "--json")
@@ -125,6 +126,7 @@ def test_children_that_could_not_be_killed_are_not_made() -> None:
     assert "aioreap needs pidfds (Linux 5.4); pidfd_send_signal: no (EPERM: " in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("forced", "rules", "missing"),
