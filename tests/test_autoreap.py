@@ -369,6 +369,17 @@ def test_its_usage_is_not_in_rusage_children() -> None:
     assert used() > 0
 
 
+async def test_what_the_library_makes_is_auto_reaped() -> None:
+    process = await aioreap.create_subprocess_exec("cat", stdin=-1)
+    pidfd = os.dup(process.pidfd)
+    process.kill()
+    wait_readable(pidfd)
+    with pytest.raises(ChildProcessError):
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    os.close(pidfd)
+    assert await process.wait() == -signal.SIGKILL
+
+
 CODES = [code for _ in range(10) for code in range(1, 256)]
 NEVER = "the kernel has not woken us early: what is tested has not happened"
 
