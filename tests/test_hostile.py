@@ -12,10 +12,10 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
+from conftest import EMULATED
 
 import aioreap
 
-EMULATED = bool(os.environ.get("AIOREAP_TEST_EMULATED"))
 COUNT = int(os.environ.get("AIOREAP_HOSTILE_COUNT", "20" if EMULATED else "1000"))
 AT_ONCE = 16
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import EMULATED
 
 import aioreap
 from aioreap import _clone
@@ -42,7 +43,6 @@ async def test_a_child_with_other_credentials_leaves_this_process_dumpable(
     assert libc.prctl(PR_GET_DUMPABLE) == 1
 
 
-EMULATED = bool(os.environ.get("AIOREAP_TEST_EMULATED"))
 AT_ONCE = 10
 
 
@@ -67,7 +67,7 @@ async def test_hundreds_of_descriptors_to_close_at_the_exec_corrupt_nothing() ->
     Whether the loop sees it is the kernel's affair: the next test has it at each spawn.
     """
     lower = [os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC) for _ in range(100)]
-    descriptors = [os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC) for _ in range(500)]
+    descriptors = [os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC) for _ in range(300)]
     for descriptor in lower:  # the exec pipes get these numbers, and are closed before the others
         os.close(descriptor)
     # On an emulated machine each of the two loops makes one half of a thousand.
