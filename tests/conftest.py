@@ -121,8 +121,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     _selected.update(map(_backend_of, session.items))
-    gc.collect()
-    gc.freeze()  # what is here now stays: the collections around each test pass it by
 
 
 def _where() -> str:
@@ -227,6 +225,7 @@ def _state(pid: int) -> str | None:
 def _nothing_left(backend: str) -> Iterator[None]:
     """After each test: no child, no descriptor and no block more than before."""
     gc.collect()
+    gc.freeze()  # what is older than the test stays: the collections in it pass it by
     before, blocks, family = open_descriptors(), blocks_mapped(), children()
     yield
     gc.collect()
