@@ -7,8 +7,12 @@ if sys.platform != "linux":
 
 from typing import TYPE_CHECKING, Any
 
+from aioreap.attach import attach
+from aioreap.completed import CompletedProcess, OutputLimitExceeded, TimeoutExpired
+from aioreap.detached import Detached, spawn_detached
 from aioreap.exitinfo import ExitInfo, ExitStatusLost
 from aioreap.kernel import Backend, Feature, backend
+from aioreap.lines import lines
 from aioreap.loop import EventLoop, install
 from aioreap.process import (
     DEVNULL,
@@ -18,10 +22,14 @@ from aioreap.process import (
     create_subprocess_exec,
     create_subprocess_shell,
 )
+from aioreap.run import run_process
 from aioreap.watcher import ChildWatcher
 
 if TYPE_CHECKING:
     from aioreap.loop import UvloopEventLoop
+
+    if sys.version_info < (3, 14):
+        from aioreap.childwatcher import AsyncioChildWatcher as AsyncioChildWatcher
 
 __all__ = [
     "DEVNULL",
@@ -29,22 +37,35 @@ __all__ = [
     "STDOUT",
     "Backend",
     "ChildWatcher",
+    "CompletedProcess",
+    "Detached",
     "EventLoop",
     "ExitInfo",
     "ExitStatusLost",
     "Feature",
+    "OutputLimitExceeded",
     "Process",
+    "TimeoutExpired",
     "UvloopEventLoop",
+    "attach",
     "backend",
     "create_subprocess_exec",
     "create_subprocess_shell",
     "install",
+    "lines",
+    "run_process",
+    "spawn_detached",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "UvloopEventLoop":  # it imports uvloop, which is optional
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from aioreap import loop  # noqa: PLC0415
+    # One imports uvloop, which is optional, and the other what Python 3.14 has no more.
+    if name == "UvloopEventLoop":
+        from aioreap import loop  # noqa: PLC0415
 
-    return loop.UvloopEventLoop
+        return loop.UvloopEventLoop
+    if name == "AsyncioChildWatcher" and sys.version_info < (3, 14):
+        from aioreap import childwatcher  # noqa: PLC0415
+
+        return childwatcher.AsyncioChildWatcher
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@
 #include "_spawn.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <unistd.h>
@@ -145,6 +146,14 @@ release_block(PyObject *capsule)
     spawn_release(s);
 }
 
+/* Py_RETURN_NONE of the headers since 3.12 takes None for immortal. Before 3.12, where
+ * an extension built with them runs too, each such return would lose a reference. */
+static PyObject *
+none(void)
+{
+    return Py_NewRef(Py_None);
+}
+
 static PyObject *
 raise_errno(int error)
 {
@@ -158,13 +167,15 @@ clone_spawn(PyObject *Py_UNUSED(module), PyObject *arguments)
     PyObject *paths, *argv, *envp, *cwd, *descriptors, *groups;
     int cwd_descriptor, close_fds, restore_signals, new_session, no_new_privs, umask;
     int process_group, exit_signal, legacy_clone, cgroup, cgroup_procs;
+    int detached = 0, pdeathsig = 0, tree = 0, status = -1, parent = -1;
     long long uid, gid;
     unsigned long long clone_flags;
-    if (!PyArg_ParseTuple(arguments, "O!O!OOiO!pppipiLLOKipii:spawn", &PyTuple_Type, &paths,
+    if (!PyArg_ParseTuple(arguments, "O!O!OOiO!pppipiLLOKipii|ppiip:spawn", &PyTuple_Type, &paths,
                           &PyTuple_Type, &argv, &envp, &cwd, &cwd_descriptor, &PyTuple_Type,
                           &descriptors, &close_fds, &restore_signals, &new_session,
                           &process_group, &no_new_privs, &umask, &uid, &gid, &groups,
-                          &clone_flags, &exit_signal, &legacy_clone, &cgroup, &cgroup_procs))
+                          &clone_flags, &exit_signal, &legacy_clone, &cgroup, &cgroup_procs,
+                          &pdeathsig, &tree, &status, &parent, &detached))
         return NULL;
 
     Py_ssize_t size = 0, part;
@@ -223,6 +234,11 @@ clone_spawn(PyObject *Py_UNUSED(module), PyObject *arguments)
     s->exit_signal = exit_signal;
     s->legacy_clone = legacy_clone;
     s->cgroup = cgroup;
+    s->detached = detached;
+    s->pdeathsig = pdeathsig;
+    s->tree = tree;
+    s->status = status;
+    s->parent = parent;
     if (copy_descriptors(s, descriptors) < 0 || copy_groups(s, groups) < 0) {
         Py_DECREF(block);
         return NULL;
@@ -252,7 +268,7 @@ clone_outcome(PyObject *Py_UNUSED(module), PyObject *arguments)
     if (s == NULL)
         return NULL;
     if (!spawn_has_left(s, exited))
-        Py_RETURN_NONE;
+        return none();
     return Py_BuildValue("ii", (int)s->step, (int)s->error);
 }
 
@@ -272,7 +288,7 @@ clone_take(PyObject *Py_UNUSED(module), PyObject *block)
     if (s == NULL)
         return NULL;
     s->taken = 1;
-    Py_RETURN_NONE;
+    return none();
 }
 
 static PyObject *
@@ -308,7 +324,26 @@ clone_set_no_new_privs(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored)
 {
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
         return PyErr_SetFromErrno(PyExc_OSError);
-    Py_RETURN_NONE;
+    return none();
+}
+
+static PyObject *
+clone_set_pdeathsig(PyObject *Py_UNUSED(module), PyObject *parent)
+{
+    long pid = PyLong_AsLong(parent);
+    if (pid == -1 && PyErr_Occurred())
+        return NULL;
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    if (getppid() != pid)
+        return raise_errno(EREMOTE);
+    return none();
+}
+
+static PyObject *
+clone_blocks(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    return PyLong_FromLong(spawn_count());
 }
 
 /* --- the module ---------------------------------------------------------------- */
@@ -321,6 +356,8 @@ static PyMethodDef methods[] = {
     {"probe", clone_probe, METH_VARARGS, NULL},
     {"environment", clone_environment, METH_NOARGS, NULL},
     {"set_no_new_privs", clone_set_no_new_privs, METH_NOARGS, NULL},
+    {"set_pdeathsig", clone_set_pdeathsig, METH_O, NULL},
+    {"blocks", clone_blocks, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -340,8 +377,13 @@ add_constants(PyObject *module)
     ADD(STEP_GID);
     ADD(STEP_UID);
     ADD(STEP_NO_NEW_PRIVS);
+    ADD(STEP_PARENT_DEATH);
+    ADD(STEP_USER_NAMESPACE);
+    ADD(STEP_INIT);
     ADD(STEP_EXEC);
     ADD(CAN_SHARE_MEMORY);
+    ADD(STOP_PROGRAM);
+    ADD(SIGNAL_GROUP);
 #undef ADD
     return 0;
 }

@@ -1,9 +1,11 @@
 """What Python cannot do: run code between clone and exec. See _clone.c and _spawn.c."""
 
 class Block:
-    """The memory that a child uses until its exec; opaque, freed with its last reference."""
+    """The memory that a child uses until its exec; opaque, given up with its last reference."""
 
 CAN_SHARE_MEMORY: int
+STOP_PROGRAM: int
+SIGNAL_GROUP: int
 
 STEP_START: int
 STEP_CGROUP: int
@@ -15,6 +17,9 @@ STEP_GROUPS: int
 STEP_GID: int
 STEP_UID: int
 STEP_NO_NEW_PRIVS: int
+STEP_PARENT_DEATH: int
+STEP_USER_NAMESPACE: int
+STEP_INIT: int
 STEP_EXEC: int
 
 def spawn(
@@ -38,13 +43,22 @@ def spawn(
     legacy_clone: bool,
     cgroup: int,
     cgroup_procs: int,
+    pdeathsig: bool = ...,
+    tree: bool = ...,
+    status: int = ...,
+    parent: int = ...,
+    detached: bool = ...,
     /,
 ) -> tuple[int, int, int, Block]:
     """Clone a child that execs the first of `paths` that can be: pid, pidfd, pipe, block.
 
     The pipe becomes readable about when the child has exec'ed or died; outcome()
     then tells which. -1 stands for a number that is not set, and for the pidfd without
-    CLONE_PIDFD: nothing ends such a child. OSError: there is no child.
+    CLONE_PIDFD: nothing ends such a child. `detached` says that it is to be init's and not
+    ours to reap. OSError: there is no child.
+
+    With `tree` the child is the init of a pid namespace and clones the program. It sends
+    the program's wait status to `status`; with `pdeathsig`, `parent` is a pidfd of this process.
     """
 
 def take(block: Block, /) -> None:
@@ -68,3 +82,9 @@ def environment() -> tuple[bytes, ...]:
 
 def set_no_new_privs() -> None:
     """Set no_new_privs for the calling thread, for good."""
+
+def set_pdeathsig(parent: int, /) -> None:
+    """Have the end of the thread that made this process kill it: EREMOTE if it is not `parent`."""
+
+def blocks() -> int:
+    """How many blocks there are, without those kept for the next spawns."""

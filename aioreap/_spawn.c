@@ -8,10 +8,12 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -29,10 +31,12 @@
 #ifndef SYS_pidfd_send_signal
 #define SYS_pidfd_send_signal 424
 #endif
+#define WAIT_PIDFD ((idtype_t)3)          /* P_PIDFD */
 #define CLEAR_SIGHAND (UINT64_C(1) << 32) /* CLONE_CLEAR_SIGHAND, Linux 5.5 */
 #define INTO_CGROUP (UINT64_C(1) << 33)   /* CLONE_INTO_CGROUP, Linux 5.7 */
 
 #define STACK_SIZE (32 * 1024)
+#define MIDDLE_STACK_SIZE (STACK_SIZE / 2)
 #define SIGNAL_COUNT 64
 #define SIGNAL_SET_SIZE (SIGNAL_COUNT / 8)
 
@@ -62,7 +66,9 @@ struct clone3_arguments {
 #else
 #define NO_SANITIZER __attribute__((no_sanitize("address", "thread", "undefined")))
 #endif
-#define IN_CHILD NO_STACK_PROTECTOR NO_SANITIZER __attribute__((no_instrument_function))
+#define IN_CHILD                       \
+    NO_STACK_PROTECTOR NO_SANITIZER    \
+    __attribute__((no_instrument_function, section(".text.aioreap_child")))
 #if __has_attribute(uninitialized) /* else -ftrivial-auto-var-init calls memset() */
 #define UNINITIALIZED __attribute__((uninitialized))
 #else
@@ -96,7 +102,7 @@ system_call(long number, long a, long b, long c, long d, long e)
 
 /* Makes a system call that may return twice: in the child, on a stack of its
  * own, it calls child(argument), which never returns. */
-static inline long
+IN_CHILD static inline long
 system_call_on_new_stack(long number, long a, long b, long c, long d, long e,
                          void (*child)(void *), void *argument)
 {
@@ -137,7 +143,7 @@ system_call(long number, long a, long b, long c, long d, long e)
     return x0;
 }
 
-static inline long
+IN_CHILD static inline long
 system_call_on_new_stack(long number, long a, long b, long c, long d, long e,
                          void (*child)(void *), void *argument)
 {
@@ -190,7 +196,7 @@ system_call(long number, long a, long b, long c, long d, long e)
     return a0;
 }
 
-static inline long
+IN_CHILD static inline long
 system_call_on_new_stack(long number, long a, long b, long c, long d, long e,
                          void (*child)(void *), void *argument)
 {
@@ -513,6 +519,15 @@ child_execs(struct spawn *s)
     return telling ? telling : error;
 }
 
+/* A parent that ended before the prctl sends nothing: the child has another by now. A parent
+ * in an outer pid namespace is 0 here, dead or alive. */
+IN_CHILD static long
+child_dies_with_parent(struct spawn *s)
+{
+    long result = system_call(SYS_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+    return result == 0 && CALL0(SYS_getppid) != s->owner ? -EREMOTE : result;
+}
+
 #define TRY(step, call)                \
     do {                               \
         child_enters(s, step);         \
@@ -550,6 +565,8 @@ child_runs(void *argument)
     if (s->no_new_privs)
         TRY(SPAWN_STEP_NO_NEW_PRIVS,
             system_call(SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
+    if (s->pdeathsig) /* a change of uid or gid clears it */
+        TRY(SPAWN_STEP_PARENT_DEATH, child_dies_with_parent(s));
     child_unblocks_signals(s); /* first: what kills it here kills it before its exec */
     child_enters(s, SPAWN_STEP_EXEC);
     if (!shares_memory(s))
@@ -557,26 +574,282 @@ child_runs(void *argument)
     child_fails(s, child_execs(s));
 }
 
+/* --- the init of a tree ---------------------------------------------------------
+ *
+ * Process 1 of a pid namespace: the kernel kills all that is in it when it ends. It
+ * never execs, and so would hold a copy of the server's memory for as long as its
+ * program runs. It unmaps all but this object's image and the mapping of the spawn, in
+ * which its stack lies, before it does anything else. From there on nothing of the C
+ * library is there, in the program's process neither until its exec: not a call may go
+ * out of this file. tests/test_tree.py
+ */
+
+#if SPAWN_CAN_SHARE_MEMORY
+
+extern const char __ehdr_start[] __attribute__((visibility("hidden"))); /* the linker's */
+extern const char _end[] __attribute__((visibility("hidden")));
+extern const ptrdiff_t __rseq_offset __attribute__((weak)); /* glibc 2.35 */
+
+#ifndef SYS_rseq
+#if defined(__x86_64__)
+#define SYS_rseq 334
+#else
+#define SYS_rseq 293
+#endif
+#endif
+#define RSEQ_UNREGISTER 1
+#define RSEQ_SIZE_UNIT 32
+#define RSEQ_SIZE_LIMIT 512
+#define SHADOW_STACK_STATUS 75 /* PR_SET_SHADOW_STACK_STATUS, Linux 6.13 */
+#if defined(__x86_64__)
+#define RSEQ_SIGNATURE 0x53053053
+#define SHADOW_STACK_DISABLE 0x5002 /* ARCH_SHSTK_DISABLE, Linux 6.6 */
+#elif defined(__aarch64__)
+#define RSEQ_SIGNATURE 0xd428bc00
+#else
+#define RSEQ_SIGNATURE 0xf1401073
+#endif
+
+static uintptr_t
+thread_pointer(void)
+{
+    uintptr_t pointer;
+#if defined(__x86_64__)
+    __asm__("movq %%fs:0, %0" : "=r"(pointer));
+#elif defined(__aarch64__)
+    __asm__("mrs %0, tpidr_el0" : "=r"(pointer));
+#else
+    __asm__("mv %0, tp" : "=r"(pointer));
+#endif
+    return pointer;
+}
+
+/* In the parent. */
+static void
+prepare_tree(struct spawn *s)
+{
+    s->page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    s->image[0] = (uintptr_t)__ehdr_start & ~(s->page - 1);
+    s->image[1] = ((uintptr_t)_end + s->page - 1) & ~(s->page - 1);
+    s->rseq = &__rseq_offset == NULL ? 0 : thread_pointer() + (uintptr_t)__rseq_offset;
+    s->uid_map_size = snprintf(s->uid_map, sizeof s->uid_map, "%u %u 1", geteuid(), geteuid());
+    s->gid_map_size = snprintf(s->gid_map, sizeof s->gid_map, "%u %u 1", getegid(), getegid());
+}
+
+IN_CHILD static long
+init_dies_with_parent(struct spawn *s)
+{
+    /* Not getppid(): the parent is beyond the namespace, and so always 0. */
+    struct pollfd end = {.fd = s->parent, .events = POLLIN};
+    uint64_t now[2]; /* a struct timespec, without the memset() that its zeroes would be */
+    now[0] = now[1] = 0;
+    long result = system_call(SYS_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+    if (result == 0)
+        result = system_call(SYS_ppoll, (long)&end, 1, (long)now, 0, SIGNAL_SET_SIZE);
+    return result > 0 ? -ESRCH : result;
+}
+
+/* The kernel writes to the area that the C library has registered for the thread that
+ * cloned, and kills where it cannot. Whether none is registered (any more). */
+IN_CHILD static int
+init_leaves_rseq(struct spawn *s)
+{
+    uint64_t area[RSEQ_SIZE_UNIT / 8] __attribute__((aligned(RSEQ_SIZE_UNIT)));
+    area[0] = area[1] = area[2] = area[3] = 0;
+    long found = CALL4(SYS_rseq, area, sizeof area, 0, RSEQ_SIGNATURE);
+    if (found == 0)
+        found = CALL4(SYS_rseq, area, sizeof area, RSEQ_UNREGISTER, RSEQ_SIGNATURE);
+    if (found == 0 || found == -ENOSYS)
+        return 1;
+    for (long size = RSEQ_SIZE_UNIT; s->rseq != 0 && size <= RSEQ_SIZE_LIMIT; size += RSEQ_SIZE_UNIT)
+        if (CALL4(SYS_rseq, s->rseq, size, RSEQ_UNREGISTER, RSEQ_SIGNATURE) == 0)
+            return 1;
+    return 0;
+}
+
+/* Whether no call needs one (any more). */
+IN_CHILD static int
+init_leaves_shadow_stack(void)
+{
+#if defined(__x86_64__)
+    long result = CALL2(SYS_arch_prctl, SHADOW_STACK_DISABLE, 1);
+#else
+    long result = system_call(SYS_prctl, SHADOW_STACK_STATUS, 0, 0, 0, 0);
+#endif
+    return result != -EPERM && result != -EBUSY; /* locked */
+}
+
+/* A part that is sealed, or whose mapping cannot be split, stays: EPERM, ENOMEM. */
+IN_CHILD static long
+init_unmaps(struct spawn *s, uintptr_t from, uintptr_t to)
+{
+    long result = from < to ? CALL2(SYS_munmap, from, to - from) : 0;
+    if (result == 0 || result == -EINVAL || to - from <= s->page)
+        return result;
+    uintptr_t middle = from + (((to - from) / 2) & ~(s->page - 1));
+    init_unmaps(s, from, middle);
+    init_unmaps(s, middle, to);
+    return 0;
+}
+
+IN_CHILD static void
+init_unmaps_the_rest(struct spawn *s)
+{
+    uintptr_t block[2] = {(uintptr_t)s->mapping, (uintptr_t)s->mapping + s->mapping_size};
+    uintptr_t *low = s->image, *high = block;
+    if (block[0] < s->image[0]) {
+        low = block;
+        high = s->image;
+    }
+    init_unmaps(s, 0, low[0]);
+    init_unmaps(s, low[1], high[0]);
+    for (int bits = 57; bits >= 38; bits--) /* EINVAL: beyond the end of what a program can map */
+        if (init_unmaps(s, high[1], (UINT64_C(1) << bits) - s->page) != -EINVAL)
+            break;
+}
+
+IN_CHILD static long
+init_writes(const char *path, const char *text, int size)
+{
+    long descriptor = CALL4(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CLOEXEC, 0);
+    if (descriptor < 0)
+        return descriptor;
+    long result = CALL3(SYS_write, descriptor, text, size);
+    CALL1(SYS_close, descriptor);
+    return result;
+}
+
+IN_CHILD static long
+init_maps_ids(struct spawn *s)
+{
+    long result = init_writes("/proc/self/setgroups", "deny", 4);
+    if (result >= 0)
+        result = init_writes("/proc/self/uid_map", s->uid_map, s->uid_map_size);
+    if (result >= 0)
+        result = init_writes("/proc/self/gid_map", s->gid_map, s->gid_map_size);
+    return result;
+}
+
+/* The report last: where it ends, nothing else is held. */
+IN_CHILD static void
+init_closes_the_rest(struct spawn *s)
+{
+    for (int descriptor = 0; descriptor < 3; descriptor++)
+        if (descriptor != s->status && descriptor != s->report)
+            CALL1(SYS_close, descriptor);
+    s->descriptor_count = 0;
+    s->cwd_descriptor = s->status; /* one of those that stay */
+    child_closes_the_rest(s);
+    CALL1(SYS_close, s->report);
+}
+
+IN_CHILD static void
+init_reaps(struct spawn *s, long program)
+{
+    int status;
+    long pid;
+    while ((pid = CALL4(SYS_wait4, -1, &status, WNOHANG | __WALL, NULL)) > 0) {
+        if (pid != program)
+            continue;
+        CALL3(SYS_write, s->status, &status, sizeof status);
+        for (;;)
+            CALL1(SYS_exit_group, WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status));
+    }
+}
+
+/* It leads the group, or will: before its setsid there is nobody of that number. */
+IN_CHILD static void
+init_signals_group(struct spawn *s, long program)
+{
+    int number UNINITIALIZED;
+    while (CALL4(SYS_recvfrom, s->status, &number, sizeof number, MSG_DONTWAIT) > 0)
+        CALL2(SYS_kill, -program, number);
+}
+
+/* What somebody outside sends is for the program. All signals are blocked, so that the
+ * kernel keeps for an init what it would else ignore; SIGSTOP, which it would not keep,
+ * comes as SPAWN_STOP_PROGRAM. SPAWN_SIGNAL_GROUP says that there are numbers in the socket:
+ * the init's own group is another one. A terminal has told the program itself. */
+IN_CHILD __attribute__((noreturn)) static void
+init_waits(struct spawn *s, long program)
+{
+    static const uint64_t all_signals = ~UINT64_C(0);
+    siginfo_t info UNINITIALIZED;
+    for (;;) {
+        long number = CALL4(SYS_rt_sigtimedwait, &all_signals, &info, NULL, SIGNAL_SET_SIZE);
+        if (number == SIGCHLD) /* another one may have been dropped for this one, whoever sent it */
+            init_reaps(s, program);
+        if (number <= 0 || info.si_code > 0 || info.si_pid != 0)
+            continue;
+        if (number == SPAWN_SIGNAL_GROUP)
+            init_signals_group(s, program);
+        else
+            CALL2(SYS_kill, program, number == SPAWN_STOP_PROGRAM ? SIGSTOP : number);
+    }
+}
+
+IN_CHILD __attribute__((noreturn)) static void
+init_runs(void *argument)
+{
+    struct spawn *s = argument;
+
+    if (s->pdeathsig)
+        TRY(SPAWN_STEP_PARENT_DEATH, init_dies_with_parent(s));
+    s->pdeathsig = 0; /* the program's parent is the init */
+    if (init_leaves_rseq(s) && init_leaves_shadow_stack()) {
+        init_unmaps_the_rest(s);
+        /* Else /proc/self is root's, for a server that has changed its user. Nothing of the
+         * server's memory can be read any more. */
+        system_call(SYS_prctl, PR_SET_DUMPABLE, 1, 0, 0, 0);
+    }
+    if (s->clone_flags & CLONE_NEWUSER)
+        TRY(SPAWN_STEP_USER_NAMESPACE, init_maps_ids(s));
+    if (s->cgroup_procs >= 0)
+        TRY(SPAWN_STEP_CGROUP, CALL3(SYS_write, s->cgroup_procs, "0", 1));
+    s->cgroup_procs = -1;
+
+    int ignores_children = child_handler_of(SIGCHLD) == SIG_IGN; /* a program's end, too */
+    child_handles_by(SIGCHLD, SIG_DFL);
+    child_enters(s, SPAWN_STEP_INIT);
+    long program = system_call(SYS_clone, SIGCHLD, 0, 0, 0, 0);
+    if (program < 0)
+        child_fails(s, program);
+    if (program == 0) {
+        if (ignores_children)
+            child_handles_by(SIGCHLD, SIG_IGN);
+        child_runs(s);
+    }
+    system_call(SYS_prctl, PR_SET_NAME, (long)"aioreap-init", 0, 0, 0);
+    CALL0(SYS_setsid); /* else the signals of a terminal and of groups reach the program twice */
+    CALL1(SYS_chdir, "/");
+    init_closes_the_rest(s);
+    init_waits(s, program);
+}
+
+#endif
+
 /* --- the parent ---------------------------------------------------------------- */
 
-static long
-clone_sharing_memory(struct spawn *s, struct clone3_arguments *arguments)
+/* These two also run in the process between: see clone_through_middle(). */
+IN_CHILD static long
+clone_on_own_stack(struct spawn *s, struct clone3_arguments *arguments)
 {
 #if SPAWN_CAN_SHARE_MEMORY
+    void (*child)(void *) = s->tree ? init_runs : child_runs;
     if (!s->legacy_clone) {
         arguments->stack = (uint64_t)(uintptr_t)s->stack;
         arguments->stack_size = s->stack_size;
         return system_call_on_new_stack(SYS_clone3, (long)arguments, sizeof *arguments, 0, 0, 0,
-                                        child_runs, s);
+                                        child, s);
     }
     long flags = (long)((uint32_t)s->clone_flags | (uint32_t)s->exit_signal);
     long top = (long)(s->stack + s->stack_size);
 #if defined(__x86_64__)
     return system_call_on_new_stack(SYS_clone, flags, top, (long)&s->pidfd, (long)&s->tid, 0,
-                                    child_runs, s);
+                                    child, s);
 #else /* arm64 and riscv take tls before child_tid */
     return system_call_on_new_stack(SYS_clone, flags, top, (long)&s->pidfd, 0, (long)&s->tid,
-                                    child_runs, s);
+                                    child, s);
 #endif
 #else
     (void)s;
@@ -586,7 +859,7 @@ clone_sharing_memory(struct spawn *s, struct clone3_arguments *arguments)
 }
 
 /* As fork(): the child goes on with a copy of the caller's memory and stack. */
-static long
+IN_CHILD static long
 clone_copying_memory(struct spawn *s, struct clone3_arguments *arguments)
 {
     long pid;
@@ -605,22 +878,100 @@ clone_copying_memory(struct spawn *s, struct clone3_arguments *arguments)
     return pid;
 }
 
-static long
-clone_child(struct spawn *s)
+static struct clone3_arguments
+prepare_clone(struct spawn *s)
 {
-    struct clone3_arguments arguments = {
+    if (shares_memory(s))
+        s->clone_flags |= CLONE_CHILD_CLEARTID;
+    return (struct clone3_arguments){
         .flags = s->clone_flags,
         .pidfd = (uint64_t)(uintptr_t)&s->pidfd,
+        .child_tid = shares_memory(s) ? (uint64_t)(uintptr_t)&s->tid : 0,
         .exit_signal = (uint64_t)s->exit_signal,
         .cgroup = s->clone_flags & INTO_CGROUP ? (uint64_t)s->cgroup : 0,
     };
-    if (!shares_memory(s))
-        return clone_copying_memory(s, &arguments);
-    s->clone_flags |= CLONE_CHILD_CLEARTID;
-    arguments.flags = s->clone_flags;
-    arguments.child_tid = (uint64_t)(uintptr_t)&s->tid;
-    return clone_sharing_memory(s, &arguments);
 }
+
+IN_CHILD static long
+clone_child(struct spawn *s, struct clone3_arguments *arguments)
+{
+    return shares_memory(s) || s->tree ? clone_on_own_stack(s, arguments)
+                                       : clone_copying_memory(s, arguments);
+}
+
+#if SPAWN_CAN_SHARE_MEMORY
+
+struct middle {
+    struct spawn *spawn;
+    struct clone3_arguments *arguments;
+    long result; /* of its clone; 0 if it was killed before it could say */
+};
+
+IN_CHILD __attribute__((noreturn)) static void
+middle_runs(void *argument)
+{
+    struct middle *middle = argument;
+    middle->result = clone_child(middle->spawn, middle->arguments);
+    for (;;)
+        CALL1(SYS_exit_group, 0);
+}
+
+static long
+clone_middle(struct middle *middle)
+{
+    char *stack = middle->spawn->stack + middle->spawn->stack_size;
+    struct clone3_arguments arguments = {
+        .flags = CLONE_VM | CLONE_VFORK | CLONE_FILES,
+        .stack = (uint64_t)(uintptr_t)stack,
+        .stack_size = MIDDLE_STACK_SIZE,
+    };
+    if (middle->spawn->legacy_clone)
+        return system_call_on_new_stack(SYS_clone, (long)arguments.flags,
+                                        (long)(stack + MIDDLE_STACK_SIZE), 0, 0, 0, middle_runs,
+                                        middle);
+    return system_call_on_new_stack(SYS_clone3, (long)&arguments, sizeof arguments, 0, 0, 0,
+                                    middle_runs, middle);
+}
+
+/* The child of a process that is gone at the return: init's, or the next subreaper's. That
+ * process shares our descriptors (CLONE_FILES), so the pidfd of its clone is ours, and our
+ * memory, so its stack and what it says lie here. CLONE_VFORK holds this thread until
+ * it has exited, and not until the exec of its child. It has no exit signal: nobody
+ * hears of it, and no wait() but one with __WALL takes it. */
+static long
+clone_through_middle(struct spawn *s, struct clone3_arguments *arguments)
+{
+    struct middle middle = {s, arguments, 0};
+    s->stack_size -= MIDDLE_STACK_SIZE;
+    long pid = clone_middle(&middle);
+    if (pid < 0)
+        return pid;
+    while (waitpid((pid_t)pid, NULL, __WALL) < 0 && errno == EINTR)
+        ;
+    long result = __atomic_load_n(&middle.result, __ATOMIC_ACQUIRE);
+    if (result != 0)
+        return result;
+    if (s->pidfd >= 0) { /* somebody killed it between its clone and its last word */
+        struct pollfd exit_event = {.fd = s->pidfd, .events = POLLIN};
+        CALL4(SYS_pidfd_send_signal, s->pidfd, SIGKILL, NULL, 0);
+        while (poll(&exit_event, 1, -1) < 0 && errno == EINTR)
+            ;
+        close(s->pidfd);
+    }
+    return -EAGAIN;
+}
+
+#else
+
+static long
+clone_through_middle(struct spawn *s, struct clone3_arguments *arguments)
+{
+    (void)s;
+    (void)arguments;
+    return -ENOSYS;
+}
+
+#endif
 
 int
 spawn_start(struct spawn *s)
@@ -633,6 +984,10 @@ spawn_start(struct spawn *s)
         return ENOSYS;
     if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) < 0)
         return errno;
+#if SPAWN_CAN_SHARE_MEMORY
+    if (s->tree)
+        prepare_tree(s);
+#endif
     s->tid = 1;
     s->pidfd = -1;
     s->pipe = ends[0];
@@ -641,8 +996,9 @@ spawn_start(struct spawn *s)
     s->left = 0;
 
     /* The raw call: the libc's keeps the signals that it uses itself open. */
+    struct clone3_arguments arguments = prepare_clone(s);
     CALL4(SYS_rt_sigprocmask, SIG_SETMASK, &all_signals, &s->signal_mask, SIGNAL_SET_SIZE);
-    long pid = clone_child(s);
+    long pid = s->detached ? clone_through_middle(s, &arguments) : clone_child(s, &arguments);
     CALL4(SYS_rt_sigprocmask, SIG_SETMASK, &s->signal_mask, NULL, SIGNAL_SET_SIZE);
 
     close(ends[1]);
@@ -672,9 +1028,14 @@ spawn_abandon(struct spawn *s)
         return;
     }
     CALL4(SYS_pidfd_send_signal, s->pidfd, SIGKILL, NULL, 0);
-    if (poll(&exit_event, 1, 200) == 1) /* else it sleeps uninterruptibly */
+    int events;
+    while ((events = poll(&exit_event, 1, 200)) < 0 && errno == EINTR)
+        ;
+    if (events == 1) /* else it sleeps uninterruptibly */
         s->left = 1;
-    if (s->left && s->exit_signal != 0)
+    if (s->detached) /* by its number it could be another process, if init has it */
+        waitid(WAIT_PIDFD, (id_t)s->pidfd, NULL, WEXITED | WNOHANG);
+    else if (s->left && s->exit_signal != 0)
         waitpid(s->pid, NULL, __WALL);
     close(s->pidfd);
     close(s->pipe);
@@ -709,10 +1070,64 @@ spawn_has_left(struct spawn *s, int exited)
 
 static _Atomic(struct spawn *) parked = NULL;
 
+/* Mappings that no child uses, for the next spawns: to map one, to fault it in and
+ * to unmap it takes almost as long as the clone. */
+static _Atomic(struct spawn *) spares[SPAWN_SPARES];
+#define SPARE_SIZE_LIMIT (256 * 1024)
+
+static _Atomic(int) mapped = 0;
+
+static void
+unmap(struct spawn *s)
+{
+    munmap(s->mapping, s->mapping_size);
+    atomic_fetch_sub(&mapped, 1);
+}
+
 static size_t
 align(size_t size, size_t to)
 {
     return (size + to - 1) / to * to;
+}
+
+static void
+unmap_or_keep(struct spawn *s)
+{
+    if (s->mapping_size <= SPARE_SIZE_LIMIT)
+        for (int i = 0; i < SPAWN_SPARES; i++) {
+            struct spawn *none = NULL;
+            if (atomic_compare_exchange_strong(&spares[i], &none, s))
+                return;
+        }
+    unmap(s);
+}
+
+/* A spare of `size` bytes or more, zeroed as far as the spawn itself goes, or NULL. */
+static struct spawn *
+take_spare(size_t size)
+{
+    for (int i = 0; i < SPAWN_SPARES; i++) {
+        struct spawn *s = atomic_load(&spares[i]) == NULL ? NULL : atomic_exchange(&spares[i], NULL);
+        if (s == NULL)
+            continue;
+        if (s->mapping_size >= size) {
+            size = s->mapping_size;
+            memset(s, 0, sizeof *s);
+            s->mapping_size = size;
+            return s;
+        }
+        unmap(s);
+    }
+    return NULL;
+}
+
+int
+spawn_count(void)
+{
+    int count = atomic_load(&mapped);
+    for (int i = 0; i < SPAWN_SPARES; i++)
+        count -= atomic_load(&spares[i]) != NULL;
+    return count;
 }
 
 struct spawn *
@@ -722,20 +1137,24 @@ spawn_new(size_t data)
     size_t stack = align(STACK_SIZE, page);
     size_t head = align(sizeof(struct spawn), 64);
     size_t size = page + stack + align(head + data, page);
-    char *mapping = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapping == MAP_FAILED)
-        return NULL;
-    if (mprotect(mapping, page, PROT_NONE) < 0) {
-        int error = errno;
-        munmap(mapping, size);
-        errno = error;
-        return NULL;
+    struct spawn *s = take_spare(size);
+    if (s == NULL) {
+        char *mapping = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (mapping == MAP_FAILED)
+            return NULL;
+        if (mprotect(mapping, page, PROT_NONE) < 0) {
+            int error = errno;
+            munmap(mapping, size);
+            errno = error;
+            return NULL;
+        }
+        s = (struct spawn *)(mapping + page + stack);
+        s->mapping_size = size;
+        atomic_fetch_add(&mapped, 1);
     }
-    struct spawn *s = (struct spawn *)(mapping + page + stack);
-    s->mapping = mapping;
-    s->mapping_size = size;
-    s->stack = mapping + page;
+    s->stack = (char *)s - stack;
     s->stack_size = stack;
+    s->mapping = s->stack - page;
     s->free = (char *)s + head;
     s->left = 1; /* until there is a child */
     return s;
@@ -768,7 +1187,7 @@ void
 spawn_release(struct spawn *s)
 {
     if (s->left || is_unused(s))
-        munmap(s->mapping, s->mapping_size);
+        unmap_or_keep(s);
     else
         park(s);
 }

@@ -28,6 +28,9 @@ enum spawn_step {
     SPAWN_STEP_GID,
     SPAWN_STEP_UID,
     SPAWN_STEP_NO_NEW_PRIVS,
+    SPAWN_STEP_PARENT_DEATH,
+    SPAWN_STEP_USER_NAMESPACE,
+    SPAWN_STEP_INIT,
     SPAWN_STEP_EXEC,
 };
 
@@ -83,9 +86,33 @@ struct spawn {
     char *free; /* the part of the mapping not handed out yet */
     pid_t owner;
     struct spawn *next_parked;
+
+    int detached; /* the child is to be init's: a process between makes it, and is gone at once */
+    int pdeathsig; /* SIGKILL for the child when the thread that makes it ends */
+
+    /* The child is the init of a pid namespace, and the program runs below it. Never with
+     * CLONE_VM. */
+    int tree;
+    int status; /* where the init writes the wait status, and reads signals for the group */
+    int parent; /* with pdeathsig: a pidfd of the owner */
+    uintptr_t image[2]; /* where this code lies, with all that belongs to it */
+    uintptr_t rseq;
+    uintptr_t page;
+    char uid_map[32], gid_map[32];
+    int uid_map_size, gid_map_size;
 };
 
-/* A zeroed spawn with room for `data` bytes, or NULL with errno. */
+/* Signals that no program is ever sent, as the C libraries have them for themselves. */
+#define SPAWN_STOP_PROGRAM 32
+#define SPAWN_SIGNAL_GROUP 33
+
+/* How many mappings that no child uses are kept at most for the next spawns. */
+#define SPAWN_SPARES 16
+
+/* How many spawns there are that have not been given up for good. */
+int spawn_count(void);
+
+/* A zeroed spawn with room for `data` bytes, which are not, or NULL with errno. */
 struct spawn *spawn_new(size_t data);
 
 /* `size` bytes of the room asked for, aligned for a pointer. */
@@ -103,10 +130,10 @@ int spawn_has_left(struct spawn *, int exited);
 /* Kill the child that spawn_start() made, wait for it, and close its descriptors. */
 void spawn_abandon(struct spawn *);
 
-/* Unmap the spawn, or keep it until its child has left it. */
+/* Give the spawn up: at once, or when its child has left it. */
 void spawn_release(struct spawn *);
 
-/* Unmap what spawn_release() had to keep, where the child has left it since.
+/* Give up what spawn_release() had to keep, where the child has left it since.
  * Every spawn_start() begins with it. */
 void spawn_sweep(void);
 

@@ -13,15 +13,15 @@ class ExitStatusLost(ChildProcessError):  # noqa: N818 - a state more than an er
     """Nobody can know any more how the child ended.
 
     Another part of the program reaped it (``waitpid(-1)``, or SIGCHLD set to
-    SIG_IGN) on a kernel before Linux 6.15, which keeps no exit info for a
-    pidfd. Raised by ``wait()``, ``wait_exit()``, ``communicate()`` and
-    ``returncode`` in place of a made-up number.
+    SIG_IGN), or it is no child of this process, on a kernel before Linux 6.15,
+    which keeps no exit info for a pidfd. Raised by ``wait()``, ``wait_exit()``,
+    ``communicate()`` and ``returncode`` in place of a made-up number.
     """
 
     def __init__(self, pid: int) -> None:
         super().__init__(
-            f"the exit status of child {pid} is lost: something else in this program "
-            "reaped it, and this kernel keeps no exit info for a pidfd (Linux 6.15 does)"
+            f"the exit status of child {pid} is lost: something else reaped it, "
+            "and this kernel keeps no exit info for a pidfd (Linux 6.15 does)"
         )
         self.pid = pid
 

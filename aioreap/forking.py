@@ -7,6 +7,7 @@ So the child opens it, before its exec, and sends it through a socket.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -20,7 +21,7 @@ from aioreap import _clone
 if TYPE_CHECKING:
     from aioreap.spawn import SpawnPlan
 
-_FAILURE: Final = struct.Struct("ii")  # step, errno; (0, 0) comes with the pidfd
+_REPORT: Final = struct.Struct("iii")  # step, errno, pid; that one comes with the pidfd
 
 
 class _Popen(subprocess.Popen[bytes]):
@@ -30,25 +31,45 @@ class _Popen(subprocess.Popen[bytes]):
         pass
 
 
+def _lead(plan: SpawnPlan) -> None:
+    if plan.new_session:
+        os.setsid()
+    if plan.process_group == 0:
+        os.setpgid(0, 0)
+
+
 def _in_child(plan: SpawnPlan, channel: socket.socket, cgroup_procs: int) -> Callable[[], None]:
     preexec_fn = plan.options.get("preexec_fn")
+    parent = os.getpid() if plan.autokill else 0
 
     def prepare() -> None:
         step = _clone.STEP_START
         try:
-            pidfd = os.pidfd_open(os.getpid())
+            if plan.detached and os.fork():
+                os._exit(0)
+            step = _clone.STEP_SESSION
+            if plan.detached:
+                _lead(plan)
+            step = _clone.STEP_START
+            pid = os.getpid()
+            pidfd = os.pidfd_open(pid)
             step = _clone.STEP_CGROUP
             if cgroup_procs >= 0:
                 os.write(cgroup_procs, b"0")
             step = _clone.STEP_NO_NEW_PRIVS
             if plan.no_new_privs:
                 _clone.set_no_new_privs()
+            step = _clone.STEP_PARENT_DEATH
+            if plan.autokill:
+                _clone.set_pdeathsig(parent)
         except OSError as error:
-            channel.send(_FAILURE.pack(step, error.errno or 0))
+            channel.send(_REPORT.pack(step, error.errno or 0, 0))
             raise
-        socket.send_fds(channel, [_FAILURE.pack(0, 0)], [pidfd])
+        socket.send_fds(channel, [_REPORT.pack(0, 0, pid)], [pidfd])
         if preexec_fn is not None:
             preexec_fn()
+            if plan.autokill:  # a change of the user clears it
+                _clone.set_pdeathsig(parent)
 
     return prepare
 
@@ -72,8 +93,8 @@ def _popen_arguments(plan: SpawnPlan) -> dict[str, Any]:
         "cwd": cwd,
         "env": env,
         "restore_signals": plan.restore_signals,
-        "start_new_session": plan.new_session,
-        "process_group": None if plan.process_group < 0 else plan.process_group,
+        "start_new_session": plan.new_session and not plan.detached,
+        "process_group": None if plan.process_group < int(plan.detached) else plan.process_group,
         "user": None if plan.uid < 0 else plan.uid,
         "group": None if plan.gid < 0 else plan.gid,
         "extra_groups": plan.groups,
@@ -83,6 +104,8 @@ def _popen_arguments(plan: SpawnPlan) -> dict[str, Any]:
 
 def spawn(plan: SpawnPlan) -> tuple[int, int]:
     """Make the child of SpawnPlan.clone(), and return its pid and pidfd when its program runs.
+
+    A detached one is made by another child, which is gone at the return.
 
     Raises:
         OSError, subprocess.SubprocessError: as subprocess.Popen; there is no child.
@@ -95,9 +118,12 @@ def spawn(plan: SpawnPlan) -> tuple[int, int]:
         try:
             process = _Popen(preexec_fn=prepare, **_popen_arguments(plan))
         except subprocess.SubprocessError:
-            _raise_reported(plan, ours)
+            step, number = _report_of_failure(ours, reap=plan.detached)
+            if number:
+                raise plan.error_for(step, number) from None
             raise
         except OSError as error:
+            _report_of_failure(ours, reap=plan.detached)
             if error.filename is not None and plan.cwd_descriptor >= 0:
                 error.filename = plan.options.get("cwd", error.filename)
             raise
@@ -105,20 +131,31 @@ def spawn(plan: SpawnPlan) -> tuple[int, int]:
             os.close(room)
         theirs.close()
         ours.setblocking(False)
-        message, pidfds, _, _ = socket.recv_fds(ours, _FAILURE.size, 1)
+        message, pidfds, _, _ = socket.recv_fds(ours, _REPORT.size, 1)
         if not pidfds:  # killed before it could send it, or another thread took the room
             process.kill()
             process.wait()
             raise plan.error_for(_clone.STEP_START, errno.EMFILE if message else 0)
         os.set_inheritable(pidfds[0], False)
-    return process.pid, pidfds[0]
+        if plan.detached:
+            process.wait()
+    return _REPORT.unpack(message)[2], pidfds[0]
 
 
-def _raise_reported(plan: SpawnPlan, channel: socket.socket) -> None:
+def _report_of_failure(channel: socket.socket, *, reap: bool) -> tuple[int, int]:
+    """The step and the errno of a child that could not be started, zeros if it did not say.
+
+    With `reap`, it is waited for, if it came to this process as a subreaper.
+    """
+    channel.setblocking(False)
     try:
-        message = channel.recv(_FAILURE.size, socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return
-    step, error = _FAILURE.unpack(message)
-    if error:
-        raise plan.error_for(step, error)
+        message, pidfds, _, _ = socket.recv_fds(channel, _REPORT.size, 1)
+    except BlockingIOError:  # it failed before it could send it
+        return 0, 0
+    for pidfd in pidfds:
+        with contextlib.suppress(ChildProcessError):
+            if reap:
+                os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
+    step, error, _ = _REPORT.unpack(message)
+    return step, error

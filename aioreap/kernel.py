@@ -1,16 +1,19 @@
 """What the kernel offers and says: its numbers, exit statuses from a pidfd, and the backend.
 
-====================== ===== ==================================================
-needed                 since for
-====================== ===== ==================================================
-pidfd from clone       5.2   a child that cannot be mistaken for another
-waitid(P_PIDFD)        5.4   backends ``pidfd`` and ``popen``
-CLONE_CLEAR_SIGHAND    5.5   default signal handlers in one step
-CLONE_INTO_CGROUP      5.7   ``cgroup=`` without a window
-PIDFD_GET_INFO         6.13  the cgroup of a child
-PIDFD_INFO_EXIT        6.15  statuses that nobody can steal
-CLONE_AUTOREAP         7.1   backend ``autoreap``
-====================== ===== ==================================================
+========================== ===== ==================================================
+needed                     since for
+========================== ===== ==================================================
+pidfd from clone           5.2   a child that cannot be mistaken for another
+waitid(P_PIDFD)            5.4   backends ``pidfd`` and ``popen``
+CLONE_CLEAR_SIGHAND        5.5   default signal handlers in one step
+CLONE_INTO_CGROUP          5.7   ``cgroup=`` without a window
+SO_PASSPIDFD, SCM_PIDFD    6.5   (never asked for; closed where a socket brings one)
+PIDFD_SIGNAL_PROCESS_GROUP 6.9   process groups, their leader gone or not
+PIDFD_GET_INFO             6.13  the cgroup of a child
+PIDFD_INFO_EXIT            6.15  statuses that nobody can steal
+CLONE_AUTOREAP             7.1   backend ``autoreap``
+CLONE_PIDFD_AUTOKILL       7.1   ``autokill=`` off the main thread too
+========================== ===== ==================================================
 """
 
 from __future__ import annotations
@@ -32,11 +35,16 @@ __all__ = ["Backend", "Feature", "backend"]
 
 CLONE_VM: Final = 0x00000100
 CLONE_PIDFD: Final = 0x00001000
+CLONE_NEWUSER: Final = 0x10000000
+CLONE_NEWPID: Final = 0x20000000
 CLONE_CLEAR_SIGHAND: Final = 1 << 32
 CLONE_INTO_CGROUP: Final = 1 << 33
 CLONE_AUTOREAP: Final = 1 << 34
 CLONE_NNP: Final = 1 << 35
 CLONE_PIDFD_AUTOKILL: Final = 1 << 36
+
+PIDFD_SIGNAL_PROCESS_GROUP: Final = 1 << 2
+SCM_PIDFD: Final = 0x04
 
 PIDFD_GET_INFO: Final = 0xC040FF0B  # _IOWR(0xFF, 11, 64 bytes): PIDFD_INFO_SIZE_VER0
 PIDFD_INFO_CGROUPID: Final = 1 << 2
@@ -44,6 +52,7 @@ PIDFD_INFO_EXIT: Final = 1 << 3
 PIDFD_INFO_COREDUMP: Final = 1 << 4
 PIDFD_INFO_SUPPORTED_MASK: Final = 1 << 5
 _PIDFD_INFO: Final = struct.Struct("=QQ44xi")  # mask, cgroupid, ids, exit_code
+_PIDFD_INFO_ASKED: Final = _PIDFD_INFO.pack(PIDFD_INFO_EXIT | PIDFD_INFO_CGROUPID, 0, 0)
 _PIDFD_INFO_VER3: Final = struct.Struct("=Q72xQ")  # mask, ..., supported_mask
 _PIDFD_GET_INFO_VER3: Final = 0xC058FF0B
 
@@ -52,6 +61,9 @@ REFUSALS: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EINVAL})
 _ASK_AGAIN_LATER: Final = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.EINTR}
 )
+
+PR_SET_DUMPABLE: Final = 4
+PR_SET_CHILD_SUBREAPER: Final = 36
 
 BackendName = Literal["autoreap", "pidfd", "popen"]
 FORCED: Final = "AIOREAP_BACKEND says so"
@@ -68,9 +80,7 @@ def _pidfd_info(pidfd: int) -> ExitStatus | None:
     # An answer with an empty mask means that the task vanished while the
     # kernel was reading it: the next answer is a whole one.
     for _ in range(8):
-        info = bytearray(_PIDFD_INFO.size)
-        _PIDFD_INFO.pack_into(info, 0, PIDFD_INFO_EXIT | PIDFD_INFO_CGROUPID, 0, 0)
-        fcntl.ioctl(pidfd, PIDFD_GET_INFO, info)
+        info = fcntl.ioctl(pidfd, PIDFD_GET_INFO, _PIDFD_INFO_ASKED)
         mask, cgroup_id, status = _PIDFD_INFO.unpack(info)
         if mask & PIDFD_INFO_EXIT:
             return ExitStatus(status, cgroup_id if mask & PIDFD_INFO_CGROUPID else None)
@@ -216,6 +226,9 @@ def _probe() -> dict[str, Feature]:
     )
     features["pidfd_send_signal"] = _descriptor_feature(
         lambda closed: signal.pidfd_send_signal(closed, 0)
+    )
+    features["signal_process_group"] = _descriptor_feature(
+        lambda closed: signal.pidfd_send_signal(closed, 0, None, PIDFD_SIGNAL_PROCESS_GROUP)
     )
     try:
         own = os.pidfd_open(os.getpid())

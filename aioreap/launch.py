@@ -9,23 +9,23 @@ timer asks as well while launches are in flight.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import os
-import signal
 import time
 import weakref
 from collections import deque
 from typing import Final
 
 from aioreap import _clone, spawn
+from aioreap.killing import kill_and_wait
 from aioreap.spawn import Spawned, SpawnPlan
-from aioreap.watcher import Child, ChildWatcher, logger, reap_orphans
+from aioreap.unowned import Grandchild, reap_heirs
+from aioreap.watcher import Child, ChildWatcher, reap_orphans
 
 __all__ = ["Launch", "Launcher"]
 
-# What the clones of one turn of the loop may take together; the first is never deferred.
-TURN_BUDGET_NS = 1_000_000
+# What the clones of one turn of the loop may take together, about; the first is never deferred.
+TURN_BUDGET_NS = 150_000
 # How often launches are looked at although no EOF woke anybody, in seconds.
 _BACKSTOP: Final = 0.05
 # EOF can come before the child has left the memory (on 7.3 by 0.1 ms). For so
@@ -37,10 +37,6 @@ _EARLY_DELAY_LIMIT: Final = 0.05
 # child's copies of descriptors a little after it says that the child has exec'ed.
 _BUSY_DELAY: Final = 0.001
 _BUSY_RETRIES: Final = 4
-# How long abort() waits for the death of a killed child, in seconds: left in
-# peace, and when its caller is cancelled again meanwhile.
-_ABORT_PATIENCE: Final = 1.0
-_ABORT_PATIENCE_DISTURBED: Final = 0.04
 
 
 class Launch:
@@ -92,35 +88,19 @@ class Launch:
         assert self.child is not None
         return self.child
 
-    async def abort(self) -> bool:
+    async def abort(self) -> asyncio.CancelledError | None:
         """Kill the child and wait until nothing of it is left.
 
-        Returns whether it was cancelled meanwhile: the caller has to raise that, if
-        no cancellation brought it here. A child that cannot be killed yet (in
-        uninterruptible sleep) is left to the loop's readers after a second.
+        Returns what it was cancelled with meanwhile, as kill_and_wait().
         """
-        cancelled = False
         self._aborted = True
         self._plan.close()
-        child = self.child
-        if child is None or child.pidfd < 0:
-            return cancelled
-        with contextlib.suppress(PermissionError):  # it runs a set-user-ID program
-            child.send_signal(signal.SIGKILL)
-        child.add_exit_callback(self._wake)
-        loop = self._launcher.loop
-        patience, begin = _ABORT_PATIENCE, loop.time()
-        timer = loop.call_later(patience, self._wake)
-        while child.exit_info is None and loop.time() - begin < patience:
-            try:
-                await self._wait()
-            except asyncio.CancelledError:
-                cancelled = True
-                patience = _ABORT_PATIENCE_DISTURBED
-        timer.cancel()
-        if child.exit_info is None:
-            logger.warning("child %d is killed and does not die yet", child.pid)
-        return cancelled
+        if self.child is None:
+            return None
+        try:
+            return await kill_and_wait(self.child, self._launcher.loop)
+        finally:
+            self.child.forget_group()
 
     def destroy(self) -> None:
         """Kill the child with no help from a loop."""
@@ -148,8 +128,20 @@ class Launch:
 
     def _clone(self) -> None:
         reap_orphans()
+        reap_heirs()
         spawned = self._plan.clone()
-        child = Child(spawned.pid, spawned.pidfd, reap=spawned.reap, started_ns=spawned.started_ns)
+        made = Child if spawned.is_child else Grandchild
+        child = made(
+            spawned.pid,
+            spawned.pidfd,
+            reap=spawned.reap,
+            started_ns=spawned.started_ns,
+            leads_group=self._plan.leads_group,
+        )
+        if spawned.held is not None:
+            child.held = spawned.held
+        if spawned.status >= 0:
+            child.status_socket = self._plan.give(spawned.status)
         if spawned.block is not None:
             _clone.take(spawned.block)
         self.child, self._spawned, self._pipe = child, spawned, spawned.pipe
@@ -275,7 +267,7 @@ class Launcher:
     """Starts programs for one event loop; ``Launcher.of(loop)`` is the one of that loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.watcher = ChildWatcher.of(loop)
+        self.watcher: ChildWatcher = ChildWatcher.of(loop)
         self._loop = weakref.ref(loop)
         self._owner = os.getpid()
         self._in_flight: weakref.WeakSet[Launch] = weakref.WeakSet()
@@ -305,14 +297,21 @@ class Launcher:
         """Start the program at once, or in a later turn of the loop if this one has started many.
 
         A deferred plan is frozen, so that nothing that happens meanwhile changes it.
+
+        Raises:
+            RuntimeError: the loop is closed, or does not run.
         """
         launch = Launch(self, plan)
         loop = self.loop
+        # Nobody would reap what it leaves. The second costs a system call on Python 3.11.
+        if not loop.is_running() and asyncio._get_running_loop() is not loop:
+            raise RuntimeError(f"{loop!r} is not running")
         if (self._deferred or self._spent_ns >= TURN_BUDGET_NS) and not plan.by_fork:
             self._defer(launch, plan)
         else:
             self._clone(launch)
-        if not self._turn_follows:
+        # What a turn has spent is forgotten in the next one. Little is let add up instead.
+        if not self._turn_follows and self._spent_ns >= TURN_BUDGET_NS // 4:
             self._turn_follows = True
             loop.call_soon(self._turn)
         return launch

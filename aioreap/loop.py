@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from aioreap import process, transport
 
 __all__ = ["EventLoop", "UvloopEventLoop", "install"]
 
 _LoopT = TypeVar("_LoopT", bound=asyncio.AbstractEventLoop)
+_ProtocolT = TypeVar("_ProtocolT", bound=asyncio.BaseProtocol)
 
 
 class _Subprocesses:
     """What a loop's class needs for its children to be aioreap's."""
 
-    async def subprocess_exec(self, protocol_factory: Any, *args: Any, **kwargs: Any) -> Any:
+    async def subprocess_exec(
+        self, protocol_factory: Callable[[], _ProtocolT], *args: Any, **kwargs: Any
+    ) -> tuple[transport.SubprocessTransport, _ProtocolT]:
         loop = cast("asyncio.AbstractEventLoop", self)
         return await process.subprocess_exec(loop, protocol_factory, *args, **kwargs)
 
-    async def subprocess_shell(self, protocol_factory: Any, *args: Any, **kwargs: Any) -> Any:
+    async def subprocess_shell(
+        self, protocol_factory: Callable[[], _ProtocolT], *args: Any, **kwargs: Any
+    ) -> tuple[transport.SubprocessTransport, _ProtocolT]:
         loop = cast("asyncio.AbstractEventLoop", self)
         return await process.subprocess_shell(loop, protocol_factory, *args, **kwargs)
 
     def close(self) -> None:
         loop = cast("asyncio.AbstractEventLoop", self)
-        if not loop.is_closed() and not loop.is_running():
-            transport.abandon_children(loop)
-        super().close()  # type: ignore[misc]
+        try:
+            if not loop.is_closed() and not loop.is_running():
+                transport.abandon_children(loop)
+        finally:  # its warnings may be exceptions
+            super().close()  # type: ignore[misc]
 
 
 class EventLoop(_Subprocesses, asyncio.SelectorEventLoop):
@@ -63,7 +71,15 @@ def _class_for(kind: type[asyncio.AbstractEventLoop]) -> type[asyncio.AbstractEv
     return type(kind.__name__, (_Subprocesses, kind), {"__module__": kind.__module__})
 
 
-def install(loop: _LoopT | None = None) -> _LoopT:
+@overload
+def install(loop: None = None) -> asyncio.AbstractEventLoop: ...
+
+
+@overload
+def install(loop: _LoopT) -> _LoopT: ...
+
+
+def install(loop: asyncio.AbstractEventLoop | None = None) -> asyncio.AbstractEventLoop:
     """Make the children of `loop` aioreap's from here on, and return it.
 
     For servers that make their loop themselves. None means the running loop.
@@ -74,7 +90,7 @@ def install(loop: _LoopT | None = None) -> _LoopT:
         RuntimeError: no loop is given and none runs.
         TypeError: the loop's class does not permit that.
     """
-    target = cast("_LoopT", asyncio.get_running_loop()) if loop is None else loop
+    target = asyncio.get_running_loop() if loop is None else loop
     if not isinstance(target, _Subprocesses):
-        target.__class__ = _class_for(type(target))  # type: ignore[assignment, arg-type]
+        target.__class__ = _class_for(type(target))  # type: ignore[arg-type]
     return target

@@ -6,7 +6,7 @@ import grp
 import os
 import pwd
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Protocol, TypeAlias, TypedDict
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypedDict
 
 StrOrBytesPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -27,15 +27,30 @@ class Options(TypedDict, total=False):
     Those up to ``preexec_fn`` are subprocess.Popen's, with its meaning, its
     defaults and its errors. ``preexec_fn`` takes that one spawn through
     subprocess.Popen, which holds the event loop until the program has started.
-    ``user``, ``group``, ``extra_groups`` and ``cgroup`` make the kernel copy the
-    page tables of this process (some 20 ms per GiB of heap) instead of sharing
-    its memory with the child until it runs the program.
+    ``user``, ``group``, ``extra_groups``, ``cgroup`` and ``autokill="tree"`` make the
+    kernel copy the page tables of this process (some 20 ms per GiB of heap) instead
+    of sharing its memory with the child until it runs the program.
 
-    autoreap: True demands CLONE_AUTOREAP (Linux 7.1), False does without it, for
-        a program that itself clones with CLONE_PARENT. None takes what there is.
-    no_new_privs: set the child's no_new_privs: it can gain no privilege by exec.
-    cgroup: the cgroup v2 that the child starts in, as the path or a descriptor of
-        its directory.
+    Attributes:
+        autoreap: True demands CLONE_AUTOREAP (Linux 7.1), False does without it,
+            for a program that itself clones with CLONE_PARENT. None takes what
+            there is.
+        no_new_privs: set the child's no_new_privs: it can gain no privilege by exec. None does
+            so with ``autokill``.
+        cgroup: the cgroup v2 that the child starts in, as the path or a descriptor
+            of its directory.
+        autokill: kill the child when this process ends, however it ends. By
+            CLONE_PIDFD_AUTOKILL (backend ``autoreap``) that is the last close of the child's
+            pidfd: an exec of this process closes it as well, and a copy of this process that was
+            forked while the child ran keeps it open. By PR_SET_PDEATHSIG elsewhere it is the end
+            of the thread, which so has to be the main one, else OSError (ENOSYS); exec and copies
+            do not matter. What the child starts is not killed. ``no_new_privs=False`` lets it
+            run set-user-ID programs: the first way needs CAP_SYS_ADMIN then, else OSError (EPERM),
+            and by the second one such a program is no longer held.
+            ``"tree"`` takes along all that the child starts, whatever becomes of it: the program
+            runs in a pid namespace of its own, below an init, which is the child that is held.
+            It needs CAP_SYS_ADMIN, or user namespaces (else OSError: EPERM, ENOSPC), and not
+            backend ``popen``. See the README for what a program sees there.
     """
 
     cwd: StrOrBytesPath | None
@@ -55,8 +70,35 @@ class Options(TypedDict, total=False):
     startupinfo: None
     creationflags: int
     autoreap: bool | None
-    no_new_privs: bool
+    no_new_privs: bool | None
     cgroup: StrOrBytesPath | int | None
+    autokill: bool | Literal["tree"]
+
+
+# What asyncio's loops refuse unless it is this, and say so.
+_BINARY: Final = {
+    "universal_newlines": False,
+    "text": False,
+    "bufsize": 0,
+    "encoding": None,
+    "errors": None,
+}
+
+
+def take_binary(options: dict[str, Any], *, shell: bool) -> None:
+    """Take the options out that could only ask for text or buffers.
+
+    Raises:
+        ValueError: they do.
+    """
+    if not options:
+        return
+    if bool(options.pop("shell", shell)) is not shell:
+        raise ValueError(f"shell must be {shell}")
+    for name, only in _BINARY.items():
+        given = options.pop(name, only)
+        if given if only is False else given != only:
+            raise ValueError(f"{name} must be {only}")
 
 
 _LARGEST_ID: Final = 2**32 - 2  # all ones mean "none" to the kernel

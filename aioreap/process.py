@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal as signals
 import subprocess
-import sys
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final, TypeVar, Unpack, cast
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar, Unpack, cast
 
+from aioreap.collector import Collector
+from aioreap.detached import Detached
 from aioreap.exitinfo import ExitInfo
-from aioreap.options import Options, Stdio, StrOrBytesPath
+from aioreap.options import Options, Stdio, StrOrBytesPath, take_binary
+from aioreap.reader import take_unread
 from aioreap.spawn import SpawnPlan
+from aioreap.stopping import DEFAULT_GRACE, leave, stop
 from aioreap.transport import SubprocessTransport
+from aioreap.writepipe import GivenUpWriter
 
 __all__ = [
     "DEVNULL",
@@ -32,29 +38,6 @@ _LIMIT: Final = 2**16  # bytes, as asyncio's
 
 _ProtocolT = TypeVar("_ProtocolT", bound=asyncio.BaseProtocol)
 
-# What asyncio's loops refuse unless it is this, and say so.
-_BINARY: Final = {
-    "universal_newlines": False,
-    "text": False,
-    "bufsize": 0,
-    "encoding": None,
-    "errors": None,
-}
-
-
-def _take_binary(options: dict[str, Any], *, shell: bool) -> None:
-    """Take the options out that could only ask for text or buffers.
-
-    Raises:
-        ValueError: they do.
-    """
-    if bool(options.pop("shell", shell)) is not shell:
-        raise ValueError(f"shell must be {shell}")
-    for name, only in _BINARY.items():
-        given = options.pop(name, only)
-        if given if only is False else given != only:
-            raise ValueError(f"{name} must be {only}")
-
 
 async def _open(
     loop: asyncio.AbstractEventLoop,
@@ -67,7 +50,7 @@ async def _open(
     stderr: Stdio,
     options: dict[str, Any],
 ) -> tuple[SubprocessTransport, _ProtocolT]:
-    _take_binary(options, shell=shell)
+    take_binary(options, shell=shell)
     protocol = protocol_factory()
     plan = SpawnPlan.of(
         command,
@@ -77,7 +60,12 @@ async def _open(
         stderr=stderr,
         options=cast("Options", options),
     )
-    transport = SubprocessTransport(loop, cast("asyncio.SubprocessProtocol", protocol), plan)
+    transport = SubprocessTransport(
+        loop,
+        cast("asyncio.SubprocessProtocol", protocol),
+        plan,
+        command[0] if shell else tuple(command),
+    )
     await transport.start()
     return transport, protocol
 
@@ -130,113 +118,26 @@ async def subprocess_shell(
     )
 
 
-def _take_buffered(reader: asyncio.StreamReader) -> bytes:
-    """What has been read already, without waiting; reading goes on if it was paused."""
-    read = reader.read(sys.maxsize)
-    try:
-        read.send(None)
-    except StopIteration as stop:
-        return cast("bytes", stop.value)
-    read.close()
-    return b""
-
-
-class _StreamProtocol(asyncio.subprocess.SubprocessStreamProtocol):
-    """asyncio's protocol, and a way to take all of the output past the readers.
-
-    While a stream is collected, its reader is not this protocol's ``stdout`` or
-    ``stderr``, so asyncio's part of the class feeds it neither data nor EOF.
-    """
-
-    def __init__(self, limit: int, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(limit=limit, loop=loop)
-        self._event_loop = loop
-        self._collected: dict[int, list[bytes]] = {}
-        self._readers: dict[int, asyncio.StreamReader] = {}
-        self._ended: dict[int, Exception | None] = {}
-        self._waiter: asyncio.Future[None] | None = None
-        self._collecting = False
-
-    def pipe_data_received(self, fd: int, data: bytes | str) -> None:
-        collected = self._collected.get(fd)
-        if collected is None:
-            super().pipe_data_received(fd, data)
-        else:
-            collected.append(cast("bytes", data))
-
-    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
-        self._ended[fd] = exc
-        super().pipe_connection_lost(fd, exc)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def collect(
-        self, exited: Coroutine[Any, Any, object]
-    ) -> tuple[bytes | None, bytes | None]:
-        """All that is left of stdout and stderr, when they have ended and `exited` has.
-
-        If it fails or is cancelled, what was read is in the readers again.
-        """
-        if self._collecting:
-            exited.close()
-            raise RuntimeError("communicate() called while another coroutine is in it already")
-        self._collecting = True
-        readers = {1: self.stdout, 2: self.stderr}
-        try:
-            for fd, reader in readers.items():
-                if reader is not None and fd not in self._ended:
-                    self._collected[fd] = [_take_buffered(reader)]
-                    self._readers[fd] = reader
-            self.stdout, self.stderr = (
-                reader if fd in self._ended else None for fd, reader in readers.items()
-            )
-            while not self._readers.keys() <= self._ended.keys():
-                self._waiter = self._event_loop.create_future()
-                await self._waiter
-            await exited
-            self._raise_lost()
-        except BaseException:
-            exited.close()
-            for fd, reader in self._readers.items():
-                reader.feed_data(b"".join(self._collected[fd]))
-            self._give_back()
-            raise
-        output = {fd: b"".join(chunks) for fd, chunks in self._collected.items()}
-        self._give_back()
-        for fd, reader in readers.items():
-            if reader is not None and fd not in output:
-                output[fd] = _take_buffered(reader)
-        return output.get(1), output.get(2)
-
-    def _raise_lost(self) -> None:
-        for fd in self._readers:
-            exc = self._ended[fd]
-            if exc is not None:
-                raise exc
-
-    def _give_back(self) -> None:
-        for fd, reader in self._readers.items():
-            exc = self._ended.get(fd)
-            if exc is not None:
-                reader.set_exception(exc)
-            elif fd in self._ended:
-                reader.feed_eof()
-        self.stdout = self._readers.get(1, self.stdout)
-        self.stderr = self._readers.get(2, self.stderr)
-        self._readers.clear()
-        self._collected.clear()
-        self._waiter = None
-        self._collecting = False
-
-
 class Process(asyncio.subprocess.Process):
     """A running child: asyncio.subprocess.Process, and what a pidfd adds to it.
 
-    ``returncode`` raises ExitStatusLost once nobody can know it.
+    ``pid``, ``stdin``, ``stdout`` and ``stderr`` are as there, and so are ``wait()``,
+    ``send_signal()``, ``terminate()`` and ``kill()``, but that wait() is for the exit
+    alone and signals go through the pidfd. ``returncode`` and ``wait()`` raise
+    ExitStatusLost once nobody can know how the child ended.
+
+    ``async with await create_subprocess_exec(...) as process:`` leaves no child behind.
+    At the block's end the pipes are closed, as subprocess.Popen does, and the exit
+    is waited for. If it ends with an exception, the child is stopped as by stop(); if
+    with a cancellation, also of that waiting, it is killed at once, its exit awaited
+    and the cancellation raised again: with its group, in both cases, if it leads one.
+    Nothing is done to what was detached meanwhile, nor to a process that others have
+    started, whose exit is waited for if there is no exception.
     """
 
     _transport: SubprocessTransport
     _protocol: asyncio.SubprocessProtocol
+    _loop: asyncio.AbstractEventLoop
 
     @classmethod
     def of(cls, process: asyncio.subprocess.Process) -> Process:
@@ -260,6 +161,7 @@ class Process(asyncio.subprocess.Process):
     @property
     def exit_info(self) -> ExitInfo | None:
         """How the child ended; None while it runs, with a status of None if that is lost."""
+        self._transport.child.check_kept()
         return self._transport.child.exit_info
 
     def poll(self) -> int | None:
@@ -281,6 +183,125 @@ class Process(asyncio.subprocess.Process):
         """
         return await self._transport.wait_exit()
 
+    def detach(self) -> Detached:
+        """Give the running process up whole, as ``socket.detach()`` does, and kill nothing.
+
+        Returns what it has: pid, pidfd, the pipes as descriptors in blocking mode, and
+        the bytes that were read of them and that nobody has taken. All of it is the caller's:
+        to keep, to close, for attach(), or for another process (``aioreap.handover``).
+
+        This Process is done with: all but ``pid`` raises ValueError, and so do calls of
+        wait() and of the streams that wait now; ``pidfd`` is -1, and ``stdin.close()``
+        does nothing. What such a call has read
+        and not returned is among these bytes, also what asyncio's own communicate() has.
+
+        Without CLONE_AUTOREAP (before Linux 7.1) somebody has to reap the process when it
+        ends: this loop goes on to do that, and when it is closed, the next spawn of any
+        loop does.
+
+        Raises:
+            BlockingIOError: some of what was written to stdin is not in the pipe yet; nothing
+                is lost. After ``stdin.transport.set_write_buffer_limits(0)`` and ``await
+                stdin.drain()`` all of it is.
+            ProcessLookupError: its exit is known.
+            ValueError: it was detached already, or is held by this process's life
+                (PR_SET_PDEATHSIG).
+            RuntimeError: this class's communicate() is waiting, the transport is closed, or this
+                is a forked copy of the process that the child is one of.
+            OSError: there are no descriptors left (EMFILE).
+        """
+        if isinstance(self._transport.get_protocol(), Collector):
+            raise RuntimeError(  # noqa: TRY004 - as a second communicate()
+                "detach() called while communicate() is waiting"
+            )
+        return self._transport.detach(self._take_unread)
+
+    def _take_unread(self) -> dict[int, bytes]:
+        if type(self.stdin) is asyncio.StreamWriter:
+            self.stdin.__class__ = GivenUpWriter
+        unread: dict[int, bytes] = {}
+        for number, reader in ((1, self.stdout), (2, self.stderr)):
+            if reader is None:
+                continue
+            unread[number] = take_unread(reader)
+            reader.set_exception(ValueError(f"process {self.pid} was detached"))
+        return unread
+
+    async def stop(
+        self,
+        *,
+        signal: int = signals.SIGTERM,
+        grace: float = DEFAULT_GRACE,
+        group: bool = False,
+        close_stdin: bool = False,
+        drain: float = 1.0,
+    ) -> ExitInfo:
+        """Bring the child to its end: `signal`, `grace` seconds, SIGKILL.
+
+        With `close_stdin`, what reads it gets its end of file first, and `grace` seconds
+        before the signal. With ``grace=0`` it is SIGKILL at once. With `group`, all of
+        that is for the process group that the child leads, and goes on until nobody
+        lives in it. After the exit, `drain` is how many seconds to wait for the ends of
+        stdout and stderr, which another process may hold; they can be read as before.
+        Where a reader is full, its end is not waited for.
+
+        Can be called again, by many tasks and after the exit. They all share one course
+        of events: who comes later can make it faster and widen it to the group, but
+        sends no other signal.
+
+        If a call is cancelled, also in its drain, then the child, and the group that it
+        leads, is killed at once, for the other callers too; its exit is awaited, and the
+        cancellation raised. Those who are left of a group when its leader has exited are
+        killed too since Linux 6.9, with or without `group`.
+
+        All of that holds for a process that others have started (attach()): it too is killed
+        if a call is cancelled. Its exit is known when its parent has reaped it (before Linux
+        6.15 with ExitStatusLost, and before 6.13 as soon as it is dead). Until then a call waits,
+        also for one that was dead before, and a cancelled call for one second at most.
+
+        Returns how it ended.
+
+        Raises:
+            ValueError: a time is negative or not a number, `signal` is no signal, or
+                `group` is asked for and the child was not started to lead one.
+            PermissionError: as for kill(2).
+            ExitStatusLost: as wait_exit().
+            OSError: ENOSYS: as kill_group().
+            RuntimeError: this is another event loop than the child's, or a forked copy of
+                the program.
+        """
+        return await stop(
+            self._transport, signal, grace, group=group, close_stdin=close_stdin, drain=drain
+        )
+
+    def kill_group(self, signal: int = signals.SIGKILL) -> None:
+        """Send a signal to the process group that the child leads, also after its own exit.
+
+        For a child started with ``start_new_session=True`` or ``process_group=0``. It goes
+        through the pidfd and can reach no other group. Before Linux 6.9 the members are found
+        in /proc and signalled one by one, and only as long as the leader has not been reaped.
+
+        Nothing happens if nobody is left in it and this child's exit is not known here yet.
+
+        Raises:
+            ValueError: the child was not started to lead a group, or others have started it.
+            ProcessLookupError: nobody is left in it.
+            PermissionError: as for kill(2).
+            OSError: ENOSYS: the leader is gone, and this kernel cannot reach the others.
+        """
+        self._transport.kill_group(signal)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await leave(self._transport, exc_value)
+
     async def communicate(
         self,
         input: bytes | bytearray | memoryview | None = None,  # noqa: A002 - asyncio's name
@@ -295,23 +316,47 @@ class Process(asyncio.subprocess.Process):
         Raises:
             ExitStatusLost: as wait_exit().
         """
-        if not isinstance(self._protocol, _StreamProtocol):
+        if not isinstance(self._protocol, asyncio.subprocess.SubprocessStreamProtocol):
             return await super().communicate(input)
+        collector = Collector(self._transport, self._protocol, self._loop)
         if self.stdin is not None and not self.stdin.is_closing():
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 if input is not None:
                     self.stdin.write(input)
             self.stdin.close()
-        output = await self._protocol.collect(self.wait())
+        output = await collector.collect(self.wait())
         return cast("tuple[bytes, bytes]", output)  # as typeshed has it
+
+
+class _StreamProtocol(asyncio.subprocess.SubprocessStreamProtocol):
+    """asyncio's, with a waiter for each ``stdin.wait_closed()``.
+
+    There they share one: a call that is cancelled cancels the others, and at the
+    pipe's end the loop's exception handler is told of an InvalidStateError.
+    """
+
+    def _get_close_waiter(self, stream: asyncio.StreamWriter) -> asyncio.Future[None]:
+        waiter: asyncio.Future[None] = super()._get_close_waiter(stream)  # type: ignore[misc]
+        return asyncio.shield(waiter)
+
+
+def check_limit(limit: int) -> None:
+    """Raise what asyncio.StreamReader would, in the midst of a beginning, where nobody hears it."""
+    if limit <= 0:
+        raise ValueError("Limit cannot be <= 0")
 
 
 async def _create(
     opening: Callable[..., Any], *command: Any, limit: int, **options: Any
 ) -> Process:
+    if PIPE in (options["stdout"], options["stderr"]):  # as in asyncio: else there is no reader
+        check_limit(limit)
     loop = asyncio.get_running_loop()
     transport, protocol = await opening(
-        loop, lambda: _StreamProtocol(limit, loop), *command, **options
+        loop,
+        lambda: _StreamProtocol(limit=limit, loop=loop),
+        *command,
+        **options,
     )
     return Process(transport, protocol, loop)
 
@@ -337,7 +382,8 @@ async def create_subprocess_exec(
         OSError: as subprocess.Popen: FileNotFoundError or PermissionError with the
             name of the program or of cwd, BlockingIOError where there may be no
             more processes; ENOSYS for what this kernel or backend cannot do.
-        ValueError, TypeError, LookupError: as subprocess.Popen.
+        ValueError, TypeError, LookupError: as subprocess.Popen; ValueError too for a `limit` of
+            zero or less with a pipe to read.
         subprocess.SubprocessError: something killed the child before its exec.
     """
     return await _create(

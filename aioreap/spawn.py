@@ -13,11 +13,11 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
-from aioreap import _clone, forking, kernel
+from aioreap import _clone, forking, hold, kernel
 from aioreap.options import HasFileno, Options, Stdio, environment, group_id, groups_ids, user_id
 from aioreap.surroundings import Surroundings, umask
 
@@ -33,6 +33,9 @@ class Spawned(NamedTuple):
     block: _clone.Block | None = None  # None: it has exec'ed already
     shares_memory: bool = False
     closes_descriptors: bool = True
+    held: hold.Held | None = None
+    status: int = -1  # where the init of a tree tells the program's wait status
+    is_child: bool = True  # else it was made by a process between, and is init's
 
     def holds_descriptors(self) -> bool:
         """Whether the child may still hold copies of all descriptors of this process."""
@@ -111,10 +114,13 @@ class SpawnPlan:
     gid: int = -1
     groups: tuple[int, ...] | None = None
     cgroup: int = -1
+    autokill: bool | Literal["tree"] = False
+    detached: bool = False
     descriptors: list[tuple[int, int]] = field(default_factory=list)
     pipes: dict[int, int] = field(default_factory=dict)
     _own: list[int] = field(default_factory=list)
     _null: int = -1
+    _hold: hold.Hold = hold.NOT_HELD
     _surroundings: Surroundings | None = None
 
     @classmethod
@@ -134,11 +140,13 @@ class SpawnPlan:
             TypeError, ValueError, LookupError: as subprocess.Popen does.
             OSError: a descriptor cannot be opened or does not exist.
         """
-        unknown = options.keys() - Options.__annotations__.keys()
-        if unknown:
+        if options and (unknown := options.keys() - Options.__annotations__.keys()):
             raise TypeError(f"got an unexpected keyword argument {min(unknown)!r}")
         plan = cls._encode(command, options, shell=shell)
-        plan._check(options)
+        if b"\0" in b"".join((*plan.argv, *(plan.envp or ()), plan.cwd or b"")):
+            raise ValueError("embedded null byte")
+        if options:
+            plan._check(options)
         _open_plans.add(plan)
         try:
             plan._open(stdin, stdout, stderr, options)
@@ -163,7 +171,7 @@ class SpawnPlan:
 
         envp = None if env is None else environment(env)
         path = os.fsencode(program)
-        if os.path.dirname(path):
+        if b"/" in path:
             paths: tuple[bytes, ...] = (path,)
         else:
             paths = tuple(os.path.join(os.fsencode(d), path) for d in os.get_exec_path(env))  # type: ignore[arg-type]
@@ -184,12 +192,12 @@ class SpawnPlan:
             raise TypeError("pipesize must be an integer")
         if options.get("creationflags", 0) != 0:
             raise ValueError("creationflags is only supported on Windows platforms")
-        if any(b"\0" in string for string in (*self.argv, *(self.envp or ()), self.cwd or b"")):
-            raise ValueError("embedded null byte")
         self.close_fds = bool(options.get("close_fds", True))
         self.restore_signals = bool(options.get("restore_signals", True))
         self.new_session = bool(options.get("start_new_session", False))
-        self.no_new_privs = bool(options.get("no_new_privs", False))
+        self.autokill = hold.check(options.get("autokill", False))
+        no_new_privs = options.get("no_new_privs")
+        self.no_new_privs = bool(self.autokill if no_new_privs is None else no_new_privs)
         self.umask = operator.index(options.get("umask", -1))
         process_group = options.get("process_group")
         if process_group is not None:
@@ -304,6 +312,11 @@ class SpawnPlan:
         return _is_by_fork(self.options)
 
     @property
+    def leads_group(self) -> bool:
+        """Whether the child becomes the leader of a process group of its own."""
+        return self.new_session or self.process_group == 0
+
+    @property
     def shares_memory(self) -> bool:
         """Whether the child may use this process's memory until its exec.
 
@@ -311,7 +324,8 @@ class SpawnPlan:
         and in another cgroup an OOM kill would take all that share the memory.
         """
         changes_credentials = self.uid >= 0 or self.gid >= 0 or self.groups is not None
-        return bool(_clone.CAN_SHARE_MEMORY) and not changes_credentials and self.cgroup < 0
+        copies = changes_credentials or self.cgroup >= 0 or self.autokill == "tree"
+        return bool(_clone.CAN_SHARE_MEMORY) and not copies
 
     def clone(self) -> Spawned:
         """Make the child, in the best way that the kernel permits now.
@@ -323,28 +337,40 @@ class SpawnPlan:
         self._open_pipes()
         backend = kernel.backend()
         autoreap = self._wants_autoreap(backend)
+        if self.autokill == "tree":
+            hold.need_a_tree(backend, preexec_fn=self.options.get("preexec_fn") is not None)
         if self.by_fork:
-            return self._fork()
+            return self._fork(backend)
         refused: OSError | None = None
         for legacy, share, reaped in self._rungs(backend, autoreap=autoreap):
+            if self.autokill:
+                try:
+                    self._hold = self._new_hold(backend, autoreap=reaped)
+                except OSError as error:
+                    raise refused or error from None
             try:
                 return self._clone(backend, legacy=legacy, share=share, autoreap=reaped)
             except OSError as error:
-                if error.errno not in kernel.REFUSALS:
-                    raise
-                refused = refused or error
+                explained = self._hold.explain(error, no_new_privs=self.no_new_privs)
+                lacks = self._hold.lacks_capability(error, no_new_privs=self.no_new_privs)
+                if error.errno not in kernel.REFUSALS or lacks:
+                    raise explained from None
+                refused = refused or explained
         asked = self.options.get("autoreap")
         if refused is not None and (asked or backend.forced):
             why = "autoreap=True" if asked else kernel.FORCED
             message = f"{refused.strerror}: the clone is refused, and nothing else tried, as {why}"
             raise OSError(refused.errno, message)
-        return self._fork()
+        if refused is not None and self.autokill == "tree":
+            raise refused
+        return self._fork(backend)
 
-    def _fork(self) -> Spawned:
+    def _fork(self, backend: kernel.Backend) -> Spawned:
+        held = hold.held_by(backend, autoreap=False) if self.autokill else None
         started_ns = time.monotonic_ns()
         _open_plans.discard(self)  # this copy of the program needs its descriptors
         pid, pidfd = forking.spawn(self)
-        return Spawned(pid, pidfd, reap=True, started_ns=started_ns)
+        return Spawned(*(pid, pidfd, True, started_ns), held=held, is_child=not self.detached)
 
     def _wants_autoreap(self, backend: kernel.Backend) -> bool:
         asked = self.options.get("autoreap")
@@ -355,25 +381,38 @@ class SpawnPlan:
             )
         return backend.name == "autoreap" and asked is not False
 
-    def _rungs(self, backend: kernel.Backend, *, autoreap: bool) -> list[tuple[bool, bool, bool]]:
+    def _rungs(
+        self, backend: kernel.Backend, *, autoreap: bool
+    ) -> Iterator[tuple[bool, bool, bool]]:
         """What to try one after the other, as (legacy clone, shared memory, autoreap)."""
-        rungs = []
         if not backend.legacy_clone:
-            rungs.append((False, self.shares_memory, autoreap))
+            yield False, self.shares_memory, autoreap
         if not self.options.get("autoreap") and (backend.name, backend.forced) != (
             "autoreap",
             True,
         ):
-            rungs += [(True, True, False)] * self.shares_memory
-            rungs.append((True, False, False))
-        return rungs
+            if self.shares_memory:
+                yield True, True, False
+            yield True, False, False
+
+    def _new_hold(self, backend: kernel.Backend, *, autoreap: bool) -> hold.Hold:
+        new = hold.Hold.of(backend, autoreap=autoreap, tree=self.autokill == "tree")
+        self._own += new.descriptors()
+        return new
+
+    def give(self, descriptor: int) -> int:
+        """Have close() spare one, which is the caller's from here on."""
+        self._own.remove(descriptor)
+        return descriptor
 
     def _clone(
         self, backend: kernel.Backend, *, legacy: bool, share: bool, autoreap: bool
     ) -> Spawned:
         features = backend.features
-        flags = kernel.CLONE_PIDFD
+        held = self._hold
+        flags = kernel.CLONE_PIDFD | held.clone_flags
         no_new_privs, cgroup_procs = self.no_new_privs, -1
+        through_middle = self.detached and not autoreap
         if share:
             flags |= kernel.CLONE_VM
         if autoreap:
@@ -411,8 +450,16 @@ class SpawnPlan:
                 legacy,
                 self.cgroup,
                 cgroup_procs,
+                held.held == "pdeathsig",
+                held.status >= 0,
+                held.status_there,
+                held.parent,
+                through_middle,
             )
-        spawned = Spawned(pid, pidfd, not autoreap, started_ns, pipe, block, share, self.close_fds)
+        spawned = Spawned(
+            *(pid, pidfd, not autoreap, started_ns, pipe, block, share, self.close_fds),
+            *(held.held, held.status, not through_middle),
+        )
         in_flight.add(spawned)
         return spawned
 
@@ -432,6 +479,7 @@ class SpawnPlan:
             return OSError(error, f"{message}: pidfd_open, which backend popen and preexec_fn need")
         if step == _clone.STEP_EXEC:
             return OSError(error, message, self.program)
+        message += hold.at_step(step, error, self._hold)
         if step == _clone.STEP_CHDIR and self.cwd is not None:
             return OSError(error, message, self.options.get("cwd"))
         return OSError(error, message)

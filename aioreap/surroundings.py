@@ -43,7 +43,7 @@ class Surroundings:
 
     def __init__(self) -> None:
         self.streams: dict[int, int] = {}
-        self.directory = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.directory: int = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._found = _standard_streams()
         for number, stream in enumerate(self._found):
             if stream is not None and stream[2]:

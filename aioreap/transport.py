@@ -4,94 +4,57 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
+import errno
+import fcntl
 import os
 import signal
 import weakref
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from aioreap.detached import Detached
 from aioreap.exitinfo import ExitInfo, ExitStatusLost
+from aioreap.killing import raise_again
 from aioreap.launch import Launch, Launcher
+from aioreap.pipes import PipeEnd, PipeProtocol
+from aioreap.popen import Popen
+from aioreap.reader import OutputReader, adopt
 from aioreap.spawn import SpawnPlan
+from aioreap.unowned import Heir
 from aioreap.watcher import Child, ChildWatcher, logger
+from aioreap.writepipe import WritePipe
 
-__all__ = ["SubprocessTransport", "abandon_children"]
+if TYPE_CHECKING:
+    from aioreap.stopping import Ladder
+
+__all__ = ["SubprocessTransport", "abandon_children", "take_at_once"]
+
+_ProtocolT = TypeVar("_ProtocolT", bound=asyncio.SubprocessProtocol)
 
 # How many turns of the loop its pipe transports get to close a descriptor.
 _TURNS_TO_CLOSE: Final = 10
+# The longest time that a timer is set to, in seconds: uvloop's cannot take an infinite one.
+LONGEST_TIMER: Final = 1e8
+_NO_PIPES: Final[dict[int, PipeProtocol]] = {}
+
+# The protocols whose pipe_data_received() may be called in the midst of anything, as nothing but
+# a waiter hears of it. Others, and classes derived from these, have a turn of the loop for each.
+_TAKE_AT_ONCE: Final[set[type[asyncio.BaseProtocol]]] = {
+    asyncio.subprocess.SubprocessStreamProtocol
+}
 
 
-class _PipeEnd:
-    """The parent's end of a pipe, closed once whoever closes it first.
-
-    libuv closes the descriptor by itself before it tells the file object. The
-    number may be a stranger's by then, so it is closed only if it still is this pipe.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._identity = self._identify()
-
-    def _identify(self) -> tuple[int, int] | None:
-        try:
-            status = os.fstat(self._descriptor)
-        except OSError:
-            return None
-        return status.st_dev, status.st_ino
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def close(self) -> None:
-        if self._descriptor >= 0 and self._identify() == self._identity:
-            os.close(self._descriptor)
-        self._descriptor = -1
-
-    def __del__(self) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} fd={self._descriptor}>"
+def take_at_once(protocol: type[_ProtocolT]) -> type[_ProtocolT]:
+    """Have output handed to a class of protocols without a turn of the loop."""
+    _TAKE_AT_ONCE.add(protocol)
+    return protocol
 
 
-class _PipeProtocol(asyncio.Protocol):
-    """Hands on what happens on one of the child's pipes."""
-
-    def __init__(self, process: SubprocessTransport, number: int, end: _PipeEnd) -> None:
-        self.transport: asyncio.BaseTransport | None = None
-        self.end = end
-        self.disconnected = False
-        self._process = process
-        self._number = number
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        self._process.pipe_data_received(self._number, data)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.disconnected = True
-        self._process.pipe_connection_lost(self._number, exc)
-
-    def abandon(self, loop: asyncio.AbstractEventLoop, *, is_copy: bool) -> None:
-        """Close the pipe although its loop is closed, or about to be, or another process's."""
-        if is_copy or self.transport is None or self.disconnected:
-            self.end.close()
-            return
-        if not loop.is_closed():
-            self.transport.close()
-        # asyncio's transports wait for a callback of the loop before they close
-        # the descriptor, and warn if it never came. libuv closes its own.
-        finish = getattr(self.transport, "_call_connection_lost", None)
-        if finish is not None:
-            finish(None)
-
-    def pause_writing(self) -> None:
-        self._process.get_protocol().pause_writing()
-
-    def resume_writing(self) -> None:
-        self._process.get_protocol().resume_writing()
+def _without(
+    waiter: asyncio.Future[None], waiters: tuple[asyncio.Future[None], ...]
+) -> tuple[asyncio.Future[None], ...]:
+    return tuple(other for other in waiters if other is not waiter)
 
 
 def _set_result(waiter: asyncio.Future[None]) -> None:
@@ -106,27 +69,45 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     what the pipes and the exit bring, process_exited once, and connection_lost
     after it and after every pipe_connection_lost.
 
-    get_extra_info() knows ``'pidfd'`` (an int, -1 after the exit) and
-    ``'exit_info'`` (an ExitInfo, None until the exit).
+    get_extra_info() knows ``'pidfd'`` (an int, -1 after the exit), ``'exit_info'``
+    (an ExitInfo, None until the exit) and ``'subprocess'`` (a look-alike of
+    subprocess.Popen).
+
+    Attributes:
+        ladder: what is under way to the child's end, for all who stop it.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, protocol: asyncio.SubprocessProtocol, plan: SpawnPlan
+        self,
+        loop: asyncio.AbstractEventLoop,
+        protocol: asyncio.SubprocessProtocol,
+        plan: SpawnPlan | None,
+        args: Any,
     ) -> None:
         super().__init__()
         self._loop = loop
+        self.ladder: Ladder | None = None
         self._protocol = protocol
         self._plan: SpawnPlan | None = plan
+        self._args = args
+        self._popen: Popen | None = None
         self._launch: Launch | None = None
         self._child: Child | None = None
-        self._pipes: dict[int, _PipeProtocol] = {}
-        self._exit_waiters: list[asyncio.Future[None]] = []
+        # Most of the time there is nothing in these: an empty container for each costs memory.
+        self._pipes: dict[int, PipeProtocol] = _NO_PIPES
+        self._readers: tuple[OutputReader, ...] = ()
+        self._exit_waiters: tuple[asyncio.Future[None], ...] = ()
+        self._output_waiters: tuple[asyncio.Future[None], ...] = ()
         # What happens before connection_made, to be told after it.
-        self._early: list[tuple[Callable[..., object], tuple[Any, ...]]] | None = []
+        self._early: list[tuple[Any, ...]] | None = []
+        self._untold = 0
         self._closed = False
         self._finished = False
         self._owner = os.getpid()
-        _transports.setdefault(loop, weakref.WeakSet()).add(self)
+        transports = _transports.get(loop)
+        if transports is None:
+            transports = _transports.setdefault(loop, weakref.WeakSet())
+        transports.add(self)
 
     def __repr__(self) -> str:
         state = [type(self).__name__]
@@ -137,7 +118,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         else:
             state.append(f"pid={self._child.pid}")
             exit_info = self._child.exit_info
-            if exit_info is None:
+            if self._child.is_detached:
+                state.append("detached")
+            elif exit_info is None:
                 state.append("running")
             elif exit_info.status is None:
                 state.append("exit status lost")
@@ -157,96 +140,261 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         try:
             self._launch = Launcher.of(self._loop).begin(plan)
             await self._launch.cloned()
-            await self._connect_pipes(plan)
+            await self._connect_pipes(plan.pipes)
             self._child = await self._launch.started()
             self._child.add_exit_callback(self._child_exited)
-            await self._announce()
+            self._announce()
+            if not self._pipes:  # then a loop that is closed has only the child to end
+                _transports[self._loop].discard(self)
         except BaseException as error:
             plan.close_pipes()
-            if self._loop.is_closed():
-                self.abandon()
-                if isinstance(error.__context__, GeneratorExit):
-                    # asyncio's connect_read_pipe() cannot close its transport then.
-                    raise error.__context__ from None
-            elif isinstance(error, asyncio.CancelledError):
-                await self._abort()
-            elif isinstance(error, Exception):
-                if await self._abort():
-                    raise asyncio.CancelledError from error
-            else:  # GeneratorExit and its like
-                self.destroy()
+            await self._undo(error)
             raise
         finally:
             plan.close()
             self._launch = None
 
-    async def _connect_pipes(self, plan: SpawnPlan) -> None:
-        for number in sorted(plan.pipes):
-            pipe = _PipeProtocol(self, number, _PipeEnd(plan.pipes.pop(number)))
+    async def attach(
+        self, pipes: dict[int, int], make_child: Callable[[], Child], before: Callable[[], None]
+    ) -> None:
+        """Begin with a process that runs: connect `pipes`, watch what make_child() returns.
+
+        Before the protocol is told of anything from the pipes, before() is called. If it
+        fails or is cancelled, `pipes` are closed, and nothing was read from them (but by uvloop).
+        make_child() may not have been called, and what it has returned is given back.
+        """
+        try:
+            await self._connect_pipes(pipes, held=True)
+            self._child = make_child()
+            ChildWatcher.of(self._loop).watch(self._child)
+            self._child.add_exit_callback(self._child_exited)
+            for pipe in self._pipes.values():
+                pipe.let_read()
+            self._announce(before)
+        except BaseException as error:
+            if self._child is not None:  # first: nothing that follows may end it
+                self._child.give_back()
+            while pipes:
+                os.close(pipes.popitem()[1])
+            await self._undo(error)
+            raise
+
+    async def _undo(self, error: BaseException) -> None:
+        """Leave nothing behind of a beginning that has failed."""
+        if self._loop.is_closed():
+            self.abandon()
+        elif isinstance(error, Exception | asyncio.CancelledError):
+            raise_again(await self._abort())
+        else:  # GeneratorExit and its like
+            self.destroy()
+
+    async def _connect_pipes(self, descriptors: dict[int, int], *, held: bool = False) -> None:
+        if descriptors:
+            self._pipes = {}
+        for number in sorted(descriptors):
+            pipe = PipeProtocol(self, number, PipeEnd(descriptors.pop(number)))
+            pipe.is_held = held and number > 0
             self._pipes[number] = pipe
             connect = self._loop.connect_read_pipe if number else self._loop.connect_write_pipe
-            pipe.transport, _ = await connect(lambda pipe=pipe: pipe, pipe.end)  # type: ignore[misc]
+            try:
+                transport, _ = await connect(lambda pipe=pipe: pipe, pipe.end)  # type: ignore[misc]
+            except RuntimeError as error:
+                if self._loop.is_closed() and isinstance(error.__context__, GeneratorExit):
+                    # asyncio cannot close its transport then. Said here and not by who awaits
+                    # this: a collection of garbage may begin with this coroutine.
+                    raise error.__context__ from None
+                raise
+            is_uvloops = number == 0 and not isinstance(transport, asyncio.WriteTransport)
+            pipe.transport = WritePipe(transport) if is_uvloops else transport  # type: ignore[assignment]
 
-    async def _announce(self) -> None:
-        made = self._loop.create_future()
-        self._loop.call_soon(self._protocol.connection_made, self)
-        for callback, arguments in self._early or ():
-            self._loop.call_soon(callback, *arguments)
-        self._early = None
-        self._loop.call_soon(_set_result, made)
-        await made
+    def _announce(self, then: Callable[[], None] | None = None) -> None:
+        """Call connection_made() as the loop calls it, then tell of what came before it."""
+        try:
+            contextvars.copy_context().run(self._protocol.connection_made, self)
+        except Exception as error:  # noqa: BLE001 - for the loop to handle
+            self._loop.call_exception_handler(
+                {
+                    "message": f"{self._protocol!r}.connection_made() failed",
+                    "exception": error,
+                    "protocol": self._protocol,
+                    "transport": self,
+                }
+            )
+        if self.child.exit_info is None:
+            self._readers = adopt(self._protocol)
+        if then is not None:
+            then()
+        early, self._early = self._early, None
+        for telling in early or ():
+            self._call(*telling)
 
-    async def _abort(self) -> bool:
-        """Leave nothing behind; whether it was cancelled meanwhile."""
-        cancelled = False
+    async def _abort(self) -> asyncio.CancelledError | None:
+        """Leave nothing behind; what it was cancelled with meanwhile."""
         self._closed = True
+        self.close_pipes()
+        cancelled = None if self._launch is None else await self._launch.abort()
+        cancelled = await self._pipes_closed() or cancelled
         for pipe in self._pipes.values():
-            if pipe.transport is not None:
-                pipe.transport.close()
-        if self._launch is not None:
-            cancelled = await self._launch.abort()
+            if pipe.transport is None:
+                pipe.end.close()
+        return cancelled
+
+    async def _pipes_closed(self) -> asyncio.CancelledError | None:
+        """Wait until the loop has closed the pipes; what it was cancelled with meanwhile."""
+        cancelled: asyncio.CancelledError | None = None
         # The loop closes a pipe some turns after it was asked to.
         for _ in range(_TURNS_TO_CLOSE):
             if all(pipe.disconnected for pipe in self._pipes.values()):
                 break
             try:
                 await asyncio.sleep(0)
-            except asyncio.CancelledError:
-                cancelled = True
-        for pipe in self._pipes.values():
-            if pipe.transport is None:
-                pipe.end.close()
+            except asyncio.CancelledError as error:
+                cancelled = error.with_traceback(None)
         return cancelled
 
     # What happens to the child and its pipes.
 
-    def _call(self, callback: Callable[..., object], *arguments: object) -> None:
+    def _call(self, name: str, *arguments: object) -> None:
         if self._early is not None:
-            self._early.append((callback, arguments))
+            self._early.append((name, *arguments))
         elif not self._loop.is_closed():
-            self._loop.call_soon(callback, *arguments)
+            self._untold += 1
+            self._loop.call_soon(self._tell, name, *arguments)
+
+    def _tell(self, name: str, *arguments: Any) -> None:
+        self._untold -= 1
+        if name == "pipe_connection_lost":
+            self._pipes[arguments[0]].told_of_loss = True
+        elif name == "pipe_data_received":
+            untold = self._pipes[arguments[0]].untold
+            if not untold:  # detach() has it
+                return
+            untold.popleft()
+        getattr(self._protocol, name)(*arguments)
+        if self._output_waiters:
+            self._wake_if_drained()
+
+    def _wake_if_drained(self) -> None:
+        if not self._is_output_due():
+            for waiter in self._output_waiters:
+                _set_result(waiter)
+
+    def is_pipe_open(self, fd: int) -> bool:
+        """Whether there is a pipe whose loss the protocol has not been told of."""
+        return fd in self._pipes and not self._pipes[fd].told_of_loss
 
     def pipe_data_received(self, number: int, data: bytes) -> None:
-        self._call(self._protocol.pipe_data_received, number, data)
+        if self._untold or self._early is not None or type(self._protocol) not in _TAKE_AT_ONCE:
+            self._pipes[number].untold.append(data)
+            self._call("pipe_data_received", number, data)
+            return
+        self._protocol.pipe_data_received(number, data)
+        if self._output_waiters:
+            self._wake_if_drained()
 
     def pipe_connection_lost(self, number: int, exc: Exception | None) -> None:
-        self._call(self._protocol.pipe_connection_lost, number, exc)
+        self._call("pipe_connection_lost", number, exc)
         self._try_finish()
 
     def _child_exited(self, _child: Child) -> None:
         if self._loop.get_debug():
             logger.info("%r exited", self)
-        self._call(self._protocol.process_exited)
-        for waiter in self._exit_waiters:
-            _set_result(waiter)
-        self._exit_waiters.clear()
+        for reader in self._readers:
+            reader.forget()
+        self._call("process_exited")
+        self._wake_who_waits_for_the_exit()
         self._try_finish()
 
+    def _wake_who_waits_for_the_exit(self) -> None:
+        waiters, self._exit_waiters = self._exit_waiters, ()
+        for waiter in waiters:
+            _set_result(waiter)
+
     def _try_finish(self) -> None:
-        exited = self._child is not None and self._child.exit_info is not None
-        if exited and not self._finished and all(p.disconnected for p in self._pipes.values()):
+        child = self._child
+        is_over = child is not None and (child.is_detached or child.exit_info is not None)
+        if is_over and not self._finished and all(p.disconnected for p in self._pipes.values()):
             self._finished = True
-            self._call(self._protocol.connection_lost, None)
+            self._call("connection_lost", None)
+
+    # What brings it to its end.
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that the child belongs to."""
+        return self._loop
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether this process is a forked copy of the one that started the child."""
+        return self._owner != os.getpid()
+
+    def close_pipe(self, number: int) -> bool:
+        """Close one of the pipes, stdin when all is written; whether there is one."""
+        pipe = self._pipes.get(number)
+        if pipe is None or pipe.transport is None:
+            return False
+        pipe.transport.close()
+        return True
+
+    def close_pipes(self) -> None:
+        """Close all pipes, stdin when all is written."""
+        for number in self._pipes:
+            self.close_pipe(number)
+
+    async def give_up_pipes(self) -> asyncio.CancelledError | None:
+        """Close all pipes, whatever has not been written; what it was cancelled with meanwhile."""
+        stdin = self.get_pipe_transport(0)
+        # One that has nothing to write and closes would be closed twice by asyncio.
+        if stdin is not None and stdin.get_write_buffer_size():
+            stdin.abort()
+        self.close_pipes()
+        return await self._pipes_closed()
+
+    def _is_output_due(self) -> bool:
+        """Whether the end of an output is still to come, and would be seen."""
+        return any(
+            self.is_pipe_open(number) and not self._pipes[number].is_paused() for number in (1, 2)
+        )
+
+    async def drain_output(self, seconds: float) -> None:
+        """Wait, for at most `seconds`, for the ends of stdout and stderr.
+
+        Where the reader is full, and so reads no more, there is nothing to wait for.
+        """
+        if not seconds or not self._is_output_due():
+            return
+        waiter = self._loop.create_future()
+        self._output_waiters = (*self._output_waiters, waiter)
+        timer = self._loop.call_later(min(seconds, LONGEST_TIMER), _set_result, waiter)
+        try:
+            await waiter
+        finally:
+            timer.cancel()
+            self._output_waiters = _without(waiter, self._output_waiters)
+
+    def check_group(self) -> None:
+        """Raise ValueError if the child was not started to lead a process group."""
+        child = self.child
+        if child.leads_group:
+            return
+        if not child.ends_with_loop:
+            raise ValueError(
+                f"process {child.pid} was started by others, and it alone can be signalled: "
+                "whether it leads a process group is not known"
+            )
+        if self._args is None:  # it was attached to
+            raise ValueError(f"process {child.pid} was not started to lead a process group")
+        raise ValueError(
+            f"child {child.pid} leads no process group: "
+            "start it with start_new_session=True or process_group=0"
+        )
+
+    def kill_group(self, signal: int) -> None:
+        """Process.kill_group()."""
+        self.check_group()
+        if not self.child.send_signal_to_group(signal) and self.child.exit_info is not None:
+            raise ProcessLookupError
 
     # What asyncio.SubprocessTransport promises.
 
@@ -262,7 +410,15 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 return self._child.pidfd
             if name == "exit_info":
                 return self._child.exit_info
+            if name == "subprocess":
+                return self._popen_of(self._child)
         return super().get_extra_info(name, default)
+
+    def _popen_of(self, child: Child) -> Popen:
+        if self._popen is None:
+            ends = {number: pipe.end for number, pipe in self._pipes.items()}
+            self._popen = Popen(child, self._args, ends)
+        return self._popen
 
     @property
     def child(self) -> Child:
@@ -277,8 +433,11 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """The exit code, the negated number of a signal, or None while the child runs.
 
         Raises:
-            ExitStatusLost: nobody can know it. (None would keep who polls waiting.)
+            ExitStatusLost, ValueError: nobody can know it, or the process was detached. (None
+                would keep who polls waiting.)
         """
+        if self._child is not None:
+            self._child.check_kept()
         exit_info = None if self._child is None else self._child.exit_info
         return None if exit_info is None else exit_info.returncode
 
@@ -290,21 +449,26 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         return self._closed
 
     def close(self) -> None:
-        """Close the pipes, and kill the child if it still runs."""
+        """Close the pipes, and kill the process if it still runs and is not a stranger's."""
         if self._closed:
             return
         self._closed = True
         if self._loop.is_closed() or self._owner != os.getpid():
             self.abandon()
             return
-        for pipe in self._pipes.values():
-            if pipe.transport is not None:
-                pipe.transport.close()
-        if self._child is not None and self._child.exit_info is None:
-            if self._loop.get_debug():
-                logger.warning("Close running child process: kill %r", self)
-            with contextlib.suppress(PermissionError):  # it runs a set-user-ID program
-                self._child.send_signal(signal.SIGKILL)
+        self.close_pipes()
+        child = self._child
+        if child is None or child.is_detached or not child.ends_with_loop:
+            return
+        if child.exit_info is None:
+            with contextlib.suppress(OSError):
+                child.ask()
+            if child.status is None:
+                if self._loop.get_debug():
+                    logger.warning("Close running child process: kill %r", self)
+                # It runs a set-user-ID program, or somebody's kill() finds nobody.
+                with contextlib.suppress(PermissionError, ProcessLookupError):
+                    self._popen_of(child).kill()
 
     def destroy(self) -> None:
         """Kill the child and have the pipes closed, without waiting for the loop."""
@@ -313,9 +477,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             self._launch.destroy()
         if self._child is not None:
             self._child.destroy()
-        for pipe in self._pipes.values():
-            if pipe.transport is not None:
-                pipe.transport.close()
+        self.close_pipes()
 
     def abandon(self) -> None:
         """Kill the child and close the pipes of a loop that is closed, or about to be.
@@ -340,6 +502,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
         Raises:
             ProcessLookupError: its exit is known.
+            ValueError: it was detached.
         """
         if self.child.exit_info is not None:
             raise ProcessLookupError
@@ -353,6 +516,60 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
+    def detach(self, take_unread: Callable[[], Mapping[int, bytes]]) -> Detached:
+        """Give the running child up, as Process.detach().
+
+        take_unread() is called when nothing can fail any more, and returns what the protocol
+        has been told of stdout (1) and stderr (2) and nobody has read.
+
+        Raises:
+            OSError, ValueError, RuntimeError: as Process.detach().
+        """
+        child = self.child
+        child.check_detachable()
+        if self._closed:
+            raise RuntimeError(f"the transport of process {child.pid} is closed")
+        if 0 in self._pipes and self._pipes[0].unsent:
+            raise BlockingIOError(
+                errno.EAGAIN,
+                f"{self._pipes[0].unsent} bytes written to stdin are not in the pipe yet",
+            )
+        with contextlib.ExitStack() as failed:
+            copies: dict[int, int] = {}
+            for number, pipe in self._pipes.items():
+                if pipe.is_open:
+                    copy = fcntl.fcntl(pipe.end.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+                    failed.callback(os.close, copy)
+                    copies[number] = copy
+            heir = Heir.of(child, self._loop) if child.has_to_be_reaped else None
+            failed.pop_all()
+        unread = dict(take_unread())
+        for number, pipe in self._pipes.items():
+            unread[number] = unread.get(number, b"") + b"".join(pipe.untold)
+            pipe.untold.clear()
+            pipe.leave()
+        for copy in copies.values():
+            os.set_blocking(copy, True)
+        self._closed = True
+        detached = Detached(
+            pid=child.pid,
+            pidfd=child.detach(),
+            stdin=copies.get(0),
+            stdout=copies.get(1),
+            stderr=copies.get(2),
+            unread_stdout=unread.get(1, b""),
+            unread_stderr=unread.get(2, b""),
+            started_ns=child.started_ns,
+            autoreap=not child.has_to_be_reaped,
+            leads_group=child.leads_group,
+            heir=heir,
+        )
+        if self.ladder is not None:
+            self.ladder.let_go()
+        self._wake_who_waits_for_the_exit()
+        self._try_finish()
+        return detached
+
     async def wait_exit(self) -> ExitInfo:
         """Wait for the child's exit, not for the end of its pipes.
 
@@ -360,15 +577,17 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
         Raises:
             ExitStatusLost: nobody can know how the child ended.
+            ValueError: it was detached, perhaps meanwhile.
         """
         while self.child.exit_info is None:
+            self.child.check_kept()
             waiter = self._loop.create_future()
-            self._exit_waiters.append(waiter)
+            self._exit_waiters = (*self._exit_waiters, waiter)
             try:
                 await waiter
             finally:
-                if waiter in self._exit_waiters:
-                    self._exit_waiters.remove(waiter)
+                if self._exit_waiters:
+                    self._exit_waiters = _without(waiter, self._exit_waiters)
         exit_info = self.child.exit_info
         if exit_info.status is None:
             raise ExitStatusLost(exit_info.pid)

@@ -7,24 +7,29 @@ Caveats, each shown by tests/test_watcher.py:
   dead child. A level-triggered reader would spin. Such a pidfd moves to an
   inner epoll, edge-triggered, and that one is registered with the loop.
 * An epoll set is shared with forked copies of the program: one that removes a
-  reader makes the parent deaf. In a copy, only descriptors are closed.
+  reader makes the parent deaf. In a copy, only descriptors are closed, and
+  asyncio's loops get a set of their own there. (tests/test_copies.py)
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import errno
 import logging
 import os
 import select
+import selectors
 import signal
+import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
-from aioreap import kernel
+from aioreap import _clone, groups, hold, kernel
 from aioreap.exitinfo import ExitInfo, ExitStatusLost
 
 __all__ = ["Child", "ChildWatcher"]
@@ -38,6 +43,19 @@ _ESRCH_PATIENCE: Final = (0.001, 0.01, 0.1)
 _EPOLL_RETRY: Final = 0.02
 # How long destroy() stays for the death of what it killed, in milliseconds.
 _DEATH_PATIENCE_MS: Final = 200
+
+# To reap a child and to note its status are one step for all threads: a blocking
+# wait() in another thread than the loop's would else find a status that was taken.
+# Reentrant: the collector may destroy another child in the midst of it.
+_reaping = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _reaping
+    _reaping = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 # The pidfds of children that were killed without a loop and had not died yet.
 _orphans: list[int] = []
@@ -74,18 +92,40 @@ class Child:
     Attributes:
         pid: its process id.
         pidfd: the pidfd that came from its clone; closed at its exit and -1 from then on.
+        leads_group: whether it was started as the leader of a process group of its own.
+        status: what the kernel has said of its end, maybe before the loop was told; None: nothing.
         exit_info: None until its exit is known; its status is None if that is lost.
+        started_ns: what its exit_info will say of its beginning.
+        held: what kills it when this process ends: its pidfd, this thread, or nothing.
+        status_socket: where the child, if it is the init of a tree, tells how its program ended;
+            else -1.
+        heir: who reaps it in its place, if it was detached before, and so knows its status.
+        is_detached: whether it was given up: all that asks of it is a ValueError then.
     """
 
-    def __init__(self, pid: int, pidfd: int, *, reap: bool, started_ns: int) -> None:
+    # Whether it is to end with its loop, and how loudly it is said that its status is lost.
+    ends_with_loop: bool = True
+    _keeps_group: bool = True
+    _lost_level: int = logging.ERROR
+    held: hold.Held | None = None
+    status_socket: int = -1
+
+    def __init__(
+        self, pid: int, pidfd: int, *, reap: bool, started_ns: int, leads_group: bool = False
+    ) -> None:
         self.pid = pid
-        self.pidfd = pidfd
+        self.pidfd: int = pidfd
+        self.leads_group = leads_group
+        self.status: kernel.ExitStatus | None = None
         self.exit_info: ExitInfo | None = None
+        self.started_ns = started_ns
+        self.heir: Child | None = None
+        self.is_detached: bool = False
         self._reap = reap
-        self._started_ns = started_ns
         self._owner = os.getpid()
         self._watcher: ChildWatcher | None = None
         self._callbacks: list[Callable[[Child], object]] = []
+        self._group_pidfd = -1  # what was the pidfd, while the group outlives its leader
         self._edge: _EdgeReader | None = None
         self._esrch_count = 0
 
@@ -98,9 +138,7 @@ class Child:
 
     def abandon(self) -> None:
         """Kill the child if it runs, with a ResourceWarning: its loop is closed, or about to be."""
-        if self.pidfd < 0:
-            return
-        if self._owner != os.getpid():
+        if self.pidfd < 0 or self._owner != os.getpid():
             self.destroy()
             return
         self.destroy()  # first: the warning may be an exception
@@ -133,41 +171,217 @@ class Child:
 
         Raises:
             PermissionError: as for kill(2).
+            ValueError: it was detached.
         """
-        if self.pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
+        self.check_kept()
+        with _reaping, contextlib.suppress(ProcessLookupError):
+            if self.status_socket >= 0 and number == signal.SIGSTOP:
+                number = _clone.STOP_PROGRAM
+            if self.pidfd >= 0:
                 signal.pidfd_send_signal(self.pidfd, number)
+
+    def send_signal_to_group(self, number: int, members: groups.Members | None = None) -> bool:
+        """Signal the group that the child leads, or led: groups.send_signal(), with its errors.
+
+        Raises:
+            ValueError: the child was detached.
+        """
+        self.check_kept()
+        with _reaping:
+            if self.status_socket >= 0 and number in signal.valid_signals() - {signal.SIGKILL}:
+                return hold.signal_group(self.status_socket, self.pidfd, number)
+            return groups.send_signal(
+                self._any_pidfd, self.pid, number, groups.Members() if members is None else members
+            )
+
+    def is_group_alive(self) -> bool:
+        """Whether anybody lives in the group that the child leads, or led."""
+        with _reaping:
+            if self._group_pidfd >= 0 and not groups.has_members(self._group_pidfd):
+                self.forget_group()
+            alive = groups.is_alive(self._any_pidfd, self.pid)
+            if not alive:  # zombies, which nobody may ever reap, need no descriptor
+                self.forget_group()
+            return alive
+
+    @property
+    def _any_pidfd(self) -> int:
+        return self._group_pidfd if self.pidfd < 0 else self.pidfd
 
     def poll(self) -> ExitInfo | None:
         """Ask the kernel now. What it knows is in exit_info then, and the callbacks are called."""
-        if self.exit_info is None and self.pidfd >= 0:
-            try:
-                status = kernel.exit_status(self.pidfd, reap=self._reap)
-            except OSError:
-                status = None
-            if status is not None:
-                self.settle(status)
+        if self.exit_info is None:
+            with contextlib.suppress(OSError):
+                self.ask()
+            if self.status is not None:
+                self.settle(self.status)
         return self.exit_info
+
+    def ask(self) -> kernel.ExitStatus | None:
+        """Ask the kernel now, and return `status`; nobody is told. Any thread may call it.
+
+        Once the pidfd is given up, nobody can know any more what is not known.
+
+        Raises:
+            OSError: as kernel.exit_status().
+            ValueError: it was detached.
+        """
+        with _reaping:
+            self.check_kept()
+            if self.status is None and self.heir is not None:
+                self.status = self.heir.ask()
+            elif self.status is None:
+                known = self.pidfd >= 0
+                lost = kernel.ExitStatus(None, None)
+                self.status = kernel.exit_status(self.pidfd, reap=self._reap) if known else lost
+                if self.status_socket >= 0 and self.status is not None:
+                    self.status = hold.status_of_program(self.status_socket, self.status)
+            return self.status
+
+    def _lost(self) -> kernel.ExitStatus:
+        """What is left to say where the kernel knows nothing of the child's end."""
+        lost = kernel.ExitStatus(None, None)
+        if self.status_socket < 0:
+            return lost
+        return hold.status_of_program(self.status_socket, lost)
+
+    def wait(self, timeout: float | None) -> kernel.ExitStatus | None:
+        """Block this thread, for at most `timeout` seconds, until there is a `status`; return it.
+
+        As with ask(), nobody is told, and any thread may call it.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        patience = iter(_ESRCH_PATIENCE)
+        if self._ask_with(patience):
+            return self.status
+        with _reaping:
+            if self.pidfd < 0:
+                return self.ask()
+            copy = os.dup(self.pidfd)  # which the loop's thread cannot close
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, copy)
+            edge = _EdgeReader(copy)
+            stack.callback(edge.close)
+            while not self._ask_with(patience):
+                left = None if end is None else end - time.monotonic()
+                if left is not None and left <= 0:
+                    break
+                edge.take(left)
+        return self.status
+
+    def _ask_with(self, patience: Iterator[float]) -> bool:
+        """Ask, with patience while the kernel says ESRCH; whether the child has ended."""
+        while True:
+            try:
+                return self.ask() is not None
+            except OSError:
+                pause = next(patience, None)
+            if pause is None:
+                with _reaping:
+                    self.status = self.status or self._lost()
+                return True
+            time.sleep(pause)
 
     def settle(self, status: kernel.ExitStatus) -> None:
         """Set exit_info, give up the pidfd and its reader, and call the callbacks."""
+        self.status = status
         self.exit_info = ExitInfo(
-            self.pid, status.status, status.cgroup_id, self._started_ns, time.monotonic_ns()
+            self.pid, status.status, status.cgroup_id, self.started_ns, time.monotonic_ns()
         )
         if status.status is None:
-            logger.error("%s", ExitStatusLost(self.pid))
-        os.close(self._detach())
+            logger.log(self._lost_level, "%s", ExitStatusLost(self.pid))
+        self._close(keep_group=self.leads_group and self._keeps_group)
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback(self)
 
-    def _detach(self) -> int:
-        """Stop being watched, and hand the pidfd to the caller."""
+    def check_kept(self) -> None:
+        """Raise a ValueError if the child was detached."""
+        if self.is_detached:
+            raise ValueError(f"process {self.pid} was detached")
+
+    def check_detachable(self) -> None:
+        """Raise what detach() would.
+
+        Raises:
+            ValueError: it was detached, or is held by what nobody can take over.
+            ProcessLookupError: it is known to have ended.
+            RuntimeError: it is the child of the process that this is a forked copy of.
+        """
+        self.check_kept()
+        if self.status is not None:
+            raise ProcessLookupError(errno.ESRCH, f"process {self.pid} has ended")
+        if self.held == "pdeathsig":
+            raise ValueError(
+                f"process {self.pid} is held by PR_SET_PDEATHSIG: it cannot be detached"
+            )
+        if self.status_socket >= 0:
+            raise ValueError(
+                f"process {self.pid} is held with its tree: nobody else is told how it ends"
+            )
+        if self._owner != os.getpid():
+            raise RuntimeError(f"process {self.pid} is not a child of this forked copy")
+
+    def detach(self) -> int:
+        """Give the child up, with its pidfd, which is returned open; nobody is told anything.
+
+        Raises:
+            ValueError, ProcessLookupError, RuntimeError: as check_detachable().
+        """
+        self.check_detachable()
+        self._stop_being_watched()
+        self._callbacks.clear()
+        with _reaping:
+            self.is_detached = True
+            pidfd, self.pidfd = self.pidfd, -1
+        return pidfd
+
+    def give_back(self) -> None:
+        """Leave the process, and its pidfd, to the caller: what should have taken it has failed."""
+        self._callbacks.clear()
+        try:
+            self._stop_being_watched()
+        finally:
+            self.pidfd = -1
+
+    @property
+    def has_to_be_reaped(self) -> bool:
+        """Whether it is an ordinary child, which somebody has to wait for."""
+        return self._reap
+
+    def _close(self, *, keep_group: bool = False) -> None:
+        """Stop being watched, and give up the pidfd, while no other thread uses it.
+
+        It is kept apart for a group that still has members: nothing else can reach them.
+        """
+        self._stop_being_watched()
+        with _reaping:
+            self._close_status_socket()
+            pidfd, self.pidfd = self.pidfd, -1
+            if pidfd < 0:
+                return
+            if keep_group and groups.has_members(pidfd):
+                self._group_pidfd = pidfd
+            else:
+                os.close(pidfd)
+
+    def forget_group(self) -> None:
+        """Give up what reaches the group after the leader's exit, or would after a later one."""
+        with _reaping:
+            self._keeps_group = False
+            pidfd, self._group_pidfd = self._group_pidfd, -1
+            if pidfd >= 0:
+                os.close(pidfd)
+
+    def _close_status_socket(self) -> None:
+        if self.status_socket >= 0:
+            os.close(self.status_socket)
+            self.status_socket = -1
+
+    def _stop_being_watched(self) -> None:
         watcher, self._watcher = self._watcher, None
         if watcher is not None and self._owner == os.getpid():
             watcher.forget(self)
-        pidfd, self.pidfd = self.pidfd, -1
-        return pidfd
 
     def destroy(self) -> None:
         """Kill the child at once and give up its descriptors, with no help from a loop.
@@ -176,23 +390,35 @@ class Child:
         if it does not do so itself.
         """
         self._callbacks.clear()
+        self.forget_group()
         if self.pidfd < 0:
             return
         if self._owner != os.getpid():  # a forked copy: the child is not its own
-            os.close(self._detach())
+            self._close()
             return
-        with contextlib.suppress(PermissionError):  # it runs a set-user-ID program
-            self.send_signal(signal.SIGKILL)
-        pidfd = self._detach()
-        poll = select.poll()
-        # An auto-reaped child is gone when its pidfd hangs up, a little after it is readable.
-        poll.register(pidfd, select.POLLIN if self._reap else select.POLLHUP)
-        poll.poll(_DEATH_PATIENCE_MS)
-        if not self._reap:
-            os.close(pidfd)
-            return
-        _orphans.append(pidfd)
+        self._stop_being_watched()
+        try:
+            with contextlib.suppress(PermissionError):  # it runs a set-user-ID program
+                self.send_signal(signal.SIGKILL)
+            poll = select.poll()
+            # An auto-reaped child is gone when its pidfd hangs up, a little after it is readable.
+            poll.register(self.pidfd, select.POLLIN if self._reap else select.POLLHUP)
+            poll.poll(_DEATH_PATIENCE_MS)
+        finally:
+            self._leave()
         reap_orphans()
+
+    def _leave(self) -> None:
+        """Note the status for who asks later, and close the pidfd, or keep it to be reaped."""
+        with _reaping:
+            with contextlib.suppress(OSError):
+                self.ask()
+            if self.status is None and self._reap:
+                _orphans.append(self.pidfd)
+                self.pidfd = -1
+                self._close_status_socket()
+                return
+        self._close()
 
 
 class _EdgeReader:
@@ -207,8 +433,9 @@ class _EdgeReader:
             raise
         self.fileno = self._epoll.fileno()
 
-    def take(self) -> None:
-        self._epoll.poll(0)
+    def take(self, timeout: float | None = 0) -> None:
+        """Wait for the next event, for at most `timeout` seconds, and take it."""
+        self._epoll.poll(timeout)
 
     def close(self) -> None:
         self._epoll.close()
@@ -234,6 +461,16 @@ class ChildWatcher:
             watcher = _watchers.setdefault(loop, cls(loop))
         return watcher
 
+    @property
+    def is_over(self) -> bool:
+        """Whether its loop is closed or gone."""
+        loop = self._loop()
+        return loop is None or loop.is_closed()
+
+    def is_watching(self, pidfd: int) -> bool:
+        """Whether a child has this descriptor; its reader would be replaced."""
+        return any(child.pidfd == pidfd for child in self._children)
+
     def watch(self, child: Child) -> None:
         """Ask for the child's exit info whenever its pidfd is readable, and settle it.
 
@@ -245,7 +482,12 @@ class ChildWatcher:
         loop = self._loop()
         if loop is None or loop.is_closed():
             raise RuntimeError("Event loop is closed")
-        loop.add_reader(child.pidfd, self._readable, child)
+        try:
+            loop.add_reader(child.pidfd, self._readable, child)
+        except NotImplementedError:
+            raise NotImplementedError(
+                f"{loop!r} has no add_reader(), and so cannot watch a child"
+            ) from None
         child._watcher = self
         self._children.add(child)
 
@@ -266,7 +508,7 @@ class ChildWatcher:
         if child._edge is not None:
             child._edge.take()
         try:
-            status = kernel.exit_status(child.pidfd, reap=child._reap)
+            status = child.ask()
         except OSError as error:
             self._ask_later(child, error)
             return
@@ -292,7 +534,7 @@ class ChildWatcher:
         loop = self._loop()
         if loop is None or child._esrch_count == len(_ESRCH_PATIENCE):
             logger.debug("no exit info for %r", child, exc_info=error)
-            child.settle(kernel.ExitStatus(None, None))
+            child.settle(child._lost())
             return
         loop.call_later(_ESRCH_PATIENCE[child._esrch_count], self._readable, child)
         child._esrch_count += 1
@@ -309,3 +551,35 @@ class ChildWatcher:
 _watchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, ChildWatcher] = (
     weakref.WeakKeyDictionary()
 )
+
+
+def _unshare_epoll_sets() -> None:
+    """Give the loops of a forked copy epoll sets of their own, with the same descriptors in them.
+
+    Streams, pipes and loops that are freed or closed there remove readers, in an
+    order that is not ours, and the parent would no longer hear those.
+    """
+    for loop in list(_watchers):
+        shared = getattr(loop, "_selector", None)
+        if loop.is_closed() or not isinstance(shared, selectors.EpollSelector):
+            continue
+        # Without a descriptor for another set it stays the shared one.
+        with contextlib.suppress(OSError), selectors.EpollSelector() as own:
+            for key in shared.get_map().values():
+                with contextlib.suppress(OSError):
+                    own.register(key.fd, key.events)
+            os.dup2(own.fileno(), shared.fileno(), inheritable=False)
+
+
+os.register_at_fork(after_in_child=_unshare_epoll_sets)
+
+
+def _abandon_children_of_closed_loops() -> None:
+    """At the end of the interpreter, which may never free what still holds them."""
+    with contextlib.ExitStack() as stack:  # all of them, though a warning may be an exception
+        for loop, watcher in list(_watchers.items()):
+            if loop.is_closed():
+                stack.callback(watcher.abandon_children)
+
+
+atexit.register(_abandon_children_of_closed_loops)

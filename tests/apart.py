@@ -12,10 +12,10 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from conftest import _LOOPS, blocks_mapped, children, open_descriptors
+from conftest import _LOOPS, children, open_descriptors
 
 import aioreap
-from aioreap import watcher
+from aioreap import _clone, watcher
 
 NOBODY = 54321  # a user that has no processes and no name
 
@@ -33,7 +33,7 @@ def become_an_ordinary_user() -> None:
 
 
 def _report_of(make_loop: Factory, main: Callable[[], Coroutine[Any, Any, None]]) -> str:
-    family, blocks = children(), blocks_mapped()
+    family, blocks = children(), _clone.blocks()
     before: dict[int, str] | None = None
 
     async def watched() -> None:
@@ -57,7 +57,7 @@ def _report_of(make_loop: Factory, main: Callable[[], Coroutine[Any, Any, None]]
             runner.run(watched())
         watcher.reap_orphans()
         assert children() == family
-        assert blocks_mapped() <= blocks
+        assert _clone.blocks() <= blocks
     except BaseException:  # noqa: BLE001 - the caller raises it
         return traceback.format_exc()
     return ""

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import itertools
 import os
 import platform
 import signal
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +21,9 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from signals import restore_signals
 
-from aioreap import kernel
+from aioreap import _clone, kernel, watcher
 
 _LOOPS: Mapping[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.SelectorEventLoop,
@@ -36,6 +37,7 @@ def backends_of_this_kernel() -> list[str]:
     return [name for name in ("autoreap", "pidfd", "popen") if not kernel._missing(name, features)]
 
 
+restore_signals()
 # libuv opens a pipe for itself at its first loop, and keeps it.
 uvloop.new_event_loop().close()
 
@@ -69,6 +71,10 @@ _LEFT_OUT: Mapping[str, tuple[str, bool]] = {
         "needs Python's main thread, as signal.signal() does",
         threading.current_thread() is not threading.main_thread(),
     ),
+    "once": (
+        "is long, and the same in any thread; a smaller twin runs here",
+        threading.current_thread() is not threading.main_thread(),
+    ),
     "autoreap": ("is about CLONE_AUTOREAP, and needs it", "autoreap" not in BACKENDS),
     "slow": (
         "takes too long on an emulated machine; a smaller twin runs there",
@@ -86,6 +92,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: {meaning}")
     config.addinivalue_line("markers", "any_backend: does not depend on the backend; runs on one")
     config.addinivalue_line(
+        "markers",
+        "own_backend(loop): an emulated kernel tries it with its own backend alone,"
+        " and with this loop, if one is named",
+    )
+    config.addinivalue_line(
         "markers", "clone_backends: not for popen, where subprocess.Popen itself waits for the exec"
     )
     if EXPECTED and EXPECTED != BACKENDS:
@@ -100,11 +111,19 @@ def _backend_of(item: pytest.Item) -> str:
 
 
 def _is_pair_of_others(item: pytest.Item) -> bool:
-    words = item.name.partition("[")[2].rstrip("]").split("-")
-    loops = {"asyncio", "EventLoop"} & {*words}, {"uvloop", "UvloopEventLoop"} & {*words}
+    own = item.get_closest_marker("own_backend")
+    if own and _backend_of(item) != BACKENDS[0]:
+        return True
+    words = {*item.name.partition("[")[2].rstrip("]").split("-")}
+    if own and own.args and words & {*_LOOPS} - {*own.args}:
+        return True
+    uvloop_words = {"uvloop", "UvloopEventLoop"} & words
+    asyncio_words = {"asyncio", "EventLoop"} & words
+    if not uvloop_words:  # "installed-uvloop" is uvloop's
+        asyncio_words |= {"installed"} & words
     return any(
         found and (_backend_of(item), loop) in _PAIRS_OF_OTHERS
-        for found, loop in zip(loops, ("asyncio", "uvloop"), strict=True)
+        for found, loop in ((asyncio_words, "asyncio"), (uvloop_words, "uvloop"))
     )
 
 
@@ -125,7 +144,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def _where() -> str:
     thread = "" if threading.current_thread() is threading.main_thread() else ", another thread"
-    return f"Python {platform.python_version()}, Linux {os.uname().release}{thread}"
+    strict = sys.flags.dev_mode and "error" in sys.warnoptions
+    mode = ", development mode" if strict else ""
+    return f"Python {platform.python_version()}, Linux {os.uname().release}{mode}{thread}"
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -172,6 +193,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of the backend in force for this test."""
+    # On a busy machine what is killed can take long to die, and a test asks whether it is gone.
+    monkeypatch.setattr(watcher, "_DEATH_PATIENCE_MS", 60_000)
     force_backend(monkeypatch, request.param)
     return str(request.param)
 
@@ -185,20 +208,6 @@ def open_descriptors() -> dict[int, str]:
         except FileNotFoundError:  # that of the listing itself
             continue
     return found
-
-
-def blocks_mapped() -> int:
-    """How many spawn blocks there are: an unnamed guard page, before less than a thread's stack."""
-    mappings = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        fields = line.split()
-        begin, end = (int(part, 16) for part in fields[0].split("-"))
-        mappings.append((end - begin, fields[1], len(fields) == 5))
-    page, stack = os.sysconf("SC_PAGESIZE"), 4 << 20
-    return sum(
-        guard == (page, "---p", True) and behind[0] < stack
-        for guard, behind in itertools.pairwise(mappings)
-    )
 
 
 def children() -> list[int]:
@@ -226,15 +235,17 @@ def _nothing_left(backend: str) -> Iterator[None]:
     """After each test: no child, no descriptor and no block more than before."""
     gc.collect()
     gc.freeze()  # what is older than the test stays: the collections in it pass it by
-    before, blocks, family = open_descriptors(), blocks_mapped(), children()
+    before, blocks, family = open_descriptors(), _clone.blocks(), children()
     yield
     gc.collect()
     left = {n: what for n, what in open_descriptors().items() if n not in before}
     strangers = [pid for pid in children() if pid not in family]
     for pid in strangers:
-        with contextlib.suppress(ChildProcessError, ProcessLookupError):  # auto-reaped
+        with contextlib.suppress(ProcessLookupError):  # auto-reaped
             os.kill(pid, signal.SIGKILL)
+    for pid in strangers:  # all are killed by now: one of them may trace another
+        with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, 0)
     assert not strangers, f"children left: {strangers}"
     assert not left, f"descriptors left: {left}"
-    assert blocks_mapped() <= blocks
+    assert _clone.blocks() <= blocks

@@ -6,7 +6,9 @@ import sys
 import threading
 
 import pytest
+from signals import restore_signals
 
+restore_signals()
 status: list[int] = []
 runner = threading.Thread(target=lambda: status.append(int(pytest.main(sys.argv[1:]))))
 runner.start()

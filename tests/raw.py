@@ -59,6 +59,19 @@ def wait_readable(descriptor: int) -> None:
     poll.poll()
 
 
+def is_zombie(pidfd: int) -> bool:
+    """Whether this process has to wait for what is dead."""
+    try:
+        return os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return False
+
+
+def wait_zombie(pid: int) -> None:
+    """Wait until an ordinary child of this process is dead, and leave it so."""
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
 def status_of(pidfd: int) -> int:
     """The wait status of an auto-reaped process by one of its pidfds."""
     with select.epoll() as edges:  # one comes at the exit, and another with the exit info
@@ -69,6 +82,7 @@ def status_of(pidfd: int) -> int:
             if found is not None:
                 assert found.status is not None
                 return found.status
+            assert not is_zombie(pidfd), "it is not auto-reaped"
 
 
 def spawn(*command: str, flags: int = AUTOREAP, exit_signal: int | None = None) -> Child:
@@ -102,6 +116,7 @@ def spawn(*command: str, flags: int = AUTOREAP, exit_signal: int | None = None) 
             False,
             -1,
             -1,
+            False,
         )
     except BaseException:
         os.close(stdin)

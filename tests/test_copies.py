@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 
 import pytest
+from program import run_program
 from test_loops import FACTORIES
 
 import aioreap
@@ -67,3 +68,56 @@ async def test_a_copy_can_spawn_children_of_its_own() -> None:
     assert process.poll() is None
     await process.communicate()
     assert process.returncode == 0
+
+
+WORKERS = "just_exit\nwork_and_exit\nclose_what_is_inherited\ndrop_what_is_inherited\n"
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "UvloopEventLoop",
+        pytest.param("EventLoop", marks=pytest.mark.slow),
+        pytest.param("asyncio", marks=pytest.mark.slow),
+        pytest.param("installed", marks=pytest.mark.slow),
+        pytest.param("installed-uvloop", marks=pytest.mark.slow),
+    ],
+)
+def test_a_pre_fork_servers_workers_end_as_programs_do_and_the_server_still_hears(
+    loop: str,
+) -> None:
+    done = run_program("prefork", loop)
+    done.expect(WORKERS)
+    assert done.warnings_of_ours() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop", "EventLoop", "UvloopEventLoop"])
+def test_workers_of_multiprocessing_have_children_and_leave_the_servers_alone(
+    loop: str, method: str
+) -> None:
+    done = run_program("workers", loop, method)
+    done.expect("served\n")
+    assert done.warnings_of_ours() == 0
+
+
+def test_a_copy_can_go_on_with_the_asyncio_loop_that_it_inherits() -> None:
+    """As a program does that becomes a daemon when it has a loop, and children."""
+    read_end, write_end = os.pipe()
+    loop = asyncio.SelectorEventLoop()
+    heard = loop.create_future()
+    process = loop.run_until_complete(aioreap.create_subprocess_exec("cat", stdin=-1))
+    loop.add_reader(read_end, lambda: heard.set_result(os.read(read_end, 5)))
+
+    def go_on() -> None:
+        os.write(write_end, b"ready")
+        if loop.run_until_complete(heard) == b"ready":
+            os._exit(5)
+
+    assert in_a_copy(go_on) == 5
+    loop.remove_reader(read_end)
+    loop.run_until_complete(process.communicate())
+    loop.close()
+    os.close(read_end)
+    os.close(write_end)

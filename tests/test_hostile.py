@@ -35,7 +35,7 @@ async def expect_every_status(backend: str) -> int:
 
     async def several() -> None:
         for _ in expected:
-            process = await aioreap.create_subprocess_exec("/bin/sh", "-c", "exit 3")
+            process = await aioreap.create_subprocess_exec("sh", "-c", "exit 3")
             try:
                 statuses.append(await process.wait())
             except aioreap.ExitStatusLost:

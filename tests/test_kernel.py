@@ -135,6 +135,8 @@ def test_the_report_is_a_table_for_a_person_and_json_for_a_program(
     for name, feature in found.features.items():
         assert f"{name} " in table
         assert feature.answer in table
+    assert "autokill=True " in table
+    assert "autokill=tree " in table
     assert report.main(["--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["backend"] == found.name
@@ -142,6 +144,7 @@ def test_the_report_is_a_table_for_a_person_and_json_for_a_program(
         "available": found.features["clone3"].available,
         "answer": found.features["clone3"].answer,
     }
+    assert document["ways"]["autokill=True"]["available"]
     command = [sys.executable, "-m", "aioreap", "--json"]
     assert json.loads(subprocess.run(command, capture_output=True, check=True).stdout) == document
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
 import sys
+import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import uvloop
+from conftest import _LOOPS, open_descriptors
 
 import aioreap
+from aioreap import ChildWatcher, _clone
+from aioreap.launch import Launcher
 
 Factory = Callable[[], asyncio.AbstractEventLoop]
 
@@ -174,6 +179,68 @@ def test_loops_are_freed(factory: Factory) -> None:
     assert loop() is None
 
 
+async def test_two_threads_spawn_at_once() -> None:
+    """On loops of their own, like this one, with children that are known by what they say."""
+
+    async def answer(text: bytes) -> bytes:
+        process = await aioreap.create_subprocess_exec("cat", stdin=-1, stdout=-1)
+        output, _ = await process.communicate(text)
+        assert process.returncode == 0
+        return output
+
+    async def several(name: str) -> list[bytes]:
+        together.wait()
+        return await asyncio.gather(*(answer(f"{name} {n}".encode()) for n in range(20)))
+
+    def thread(name: str) -> None:
+        with asyncio.Runner(loop_factory=type(loop)) as runner:
+            found[name] = runner.run(several(name))
+
+    loop = asyncio.get_running_loop()
+    found: dict[str, list[bytes]] = {}
+    together = threading.Barrier(3)
+    threads = [threading.Thread(target=thread, args=[name]) for name in ("one", "two")]
+    for each in threads:
+        each.start()
+    found["here"] = await several("here")
+    for each in threads:
+        await asyncio.to_thread(each.join)
+    assert found == {
+        name: [f"{name} {n}".encode() for n in range(20)] for name in ("one", "two", "here")
+    }
+
+
+@pytest.mark.parametrize("count", [pytest.param(1000, marks=pytest.mark.slow), 40])
+def test_loops_made_and_closed_by_the_thousand_leave_nothing(count: int) -> None:
+    """Neither the loop nor what aioreap has for it, nor descriptors, nor memory for spawns."""
+    kinds = [*_LOOPS.values(), *FACTORIES.values()]
+
+    async def main() -> list[weakref.ref[object]]:
+        process = await aioreap.create_subprocess_exec("true", stdin=-1)
+        await process.communicate()
+        assert process.returncode == 0
+        loop = asyncio.get_running_loop()
+        mechanism = (loop, ChildWatcher.of(loop), Launcher.of(loop), process, process._transport)
+        return [weakref.ref(each) for each in mechanism]
+
+    def run_on(kinds: Iterable[Factory]) -> list[weakref.ref[object]]:
+        references = []
+        for make_loop in kinds:
+            with asyncio.Runner(loop_factory=make_loop) as runner:
+                references += runner.run(main())
+        del runner
+        gc.collect()
+        return references
+
+    run_on(kinds)
+    descriptors, blocks = open_descriptors(), _clone.blocks()
+    references = run_on(itertools.islice(itertools.cycle(kinds), count))
+    assert len(references) == 5 * count
+    assert [each() for each in references if each() is not None] == []
+    assert open_descriptors() == descriptors
+    assert _clone.blocks() <= blocks
+
+
 @pytest.mark.any_backend
 def test_an_installed_loop_is_in_no_cycle() -> None:
     loop = aioreap.install(asyncio.new_event_loop())
@@ -210,6 +277,18 @@ def test_closing_a_loop_under_a_child_is_one_warning_and_its_death(
     # uvloop itself warns of its handles on the pipes, which only a running loop can close.
     others = [str(w.message) for w in caught if w not in ours]
     assert all("UnixTransport" in other and "uvloop" in sys.modules for other in others), others
+
+
+def test_a_loop_is_closed_though_its_warning_is_an_exception(factory: Factory) -> None:
+    async def main() -> None:
+        await aioreap.create_subprocess_exec("sleep", "1000")
+
+    loop = factory()
+    loop.run_until_complete(main())
+    with warnings.catch_warnings(), pytest.raises(ResourceWarning, match="still ran"):
+        warnings.simplefilter("error")
+        loop.close()
+    assert loop.is_closed()
 
 
 @pytest.mark.any_backend

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import EMULATED
+from test_launch import end_exec_pipes
 
 import aioreap
-from aioreap import _clone
 from aioreap.options import Options
 
 PR_GET_DUMPABLE = 3
@@ -81,28 +82,31 @@ async def test_hundreds_of_descriptors_to_close_at_the_exec_corrupt_nothing() ->
 async def test_eof_ahead_of_the_child_tid_word_corrupts_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is freed at the pipe's EOF would still be the child's stack and arguments.
-
-    Each exec pipe is replaced by one that has ended.
-    """
-    real = _clone.spawn
-
-    def spawn(*arguments: Any) -> tuple[int, int, int, _clone.Block]:
-        pid, pidfd, pipe, block = real(*arguments)
-        read_end, write_end = os.pipe()
-        os.close(write_end)
-        os.dup2(read_end, pipe, inheritable=False)
-        os.close(read_end)
-        return pid, pidfd, pipe, block
-
-    monkeypatch.setattr(_clone, "spawn", spawn)
+    """What is freed at the pipe's EOF would still be the child's stack and arguments."""
+    end_exec_pipes(monkeypatch)
     await expect_every_status(100 if EMULATED else 1_000, close_fds=True)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="None is immortal")
+async def test_spawns_lose_no_reference_of_none() -> None:
+    """An interpreter that has lost all that it had aborts."""
+
+    async def references_after(count: int) -> int:
+        for _ in range(count):
+            assert await (await aioreap.create_subprocess_exec("true")).wait() == 0
+        gc.collect()
+        return sys.getrefcount(None)
+
+    before = await references_after(10)
+    count = 20 if EMULATED else 50
+    assert before - await references_after(count) < count // 2
 
 
 async def test_an_oom_kill_in_its_cgroup_spares_this_process() -> None:
     """What shares memory with a cgroup over its limit is killed with it."""
     root = Path("/sys/fs/cgroup")
     if "memory" not in controllers(root):
+        assert not EMULATED
         pytest.skip("no cgroup v2 with a memory controller here; a kernel of make test-kernel has")
     cgroup = root / "aioreap-test"
     cgroup.mkdir()

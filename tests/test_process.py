@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,16 @@ PIPES = {"stdin": aioreap.PIPE, "stdout": aioreap.PIPE, "stderr": aioreap.PIPE}
 
 async def shell(script: str, **options: int) -> aioreap.Process:
     return await aioreap.create_subprocess_shell(script, **options)  # type: ignore[arg-type]
+
+
+async def of_asyncios(script: str, **options: int) -> aioreap.Process:
+    aioreap.install()
+    theirs = await asyncio.create_subprocess_shell(script, **options)  # type: ignore[arg-type]
+    return aioreap.Process.of(theirs)
+
+
+both = pytest.mark.parametrize("start", [shell, of_asyncios], ids=["ours", "asyncio's"])
+Start = Callable[..., Coroutine[Any, Any, aioreap.Process]]
 
 
 async def test_communicate_sends_reads_and_waits() -> None:
@@ -52,18 +64,19 @@ async def test_communicate_returns_what_the_readers_hold_already() -> None:
     assert await process.communicate(b"three\n") == (b"two\nthree\n", b"")
 
 
-async def test_a_cancelled_communicate_loses_nothing() -> None:
-    process = await shell(
+@both
+async def test_a_cancelled_communicate_loses_nothing(start: Start) -> None:
+    process = await start(
         "echo one; echo error >&2; read line; echo two", stdout=-1, stderr=-1, stdin=-1
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    protocol = process._protocol
     write = process.stdin.transport.get_extra_info("pipe")
     keep = os.dup(write.fileno())  # communicate() closes stdin; the child goes on reading
     first = asyncio.ensure_future(process.communicate())
-    collected = protocol._collected  # type: ignore[attr-defined]
-    while not (b"".join(collected.get(1, ())) and b"".join(collected.get(2, ()))):
+    await asyncio.sleep(0)
+    collected = process._transport.get_protocol()._output  # type: ignore[attr-defined]
+    while not (collected[1].tell() and collected[2].tell()):
         await asyncio.sleep(0)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -75,12 +88,14 @@ async def test_a_cancelled_communicate_loses_nothing() -> None:
     assert process.returncode == 0
 
 
-async def test_a_communicate_cancelled_after_the_end_loses_nothing() -> None:
-    process = await shell("echo one; exec >&-; read line; exit 3", stdout=-1, stdin=-1)
+@both
+async def test_a_communicate_cancelled_after_the_end_loses_nothing(start: Start) -> None:
+    process = await start("echo one; exec >&-; read line; exit 3", stdout=-1, stdin=-1)
     assert process.stdin is not None
     keep = os.dup(process.stdin.transport.get_extra_info("pipe").fileno())
     first = asyncio.ensure_future(process.communicate())
-    while 1 not in process._protocol._ended:  # type: ignore[attr-defined]
+    await asyncio.sleep(0)
+    while process._transport.is_pipe_open(1):
         await asyncio.sleep(0)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -155,6 +170,16 @@ async def test_a_second_communicate_meanwhile_is_an_error_and_disturbs_nothing()
     assert await first == (b"x", None)
 
 
+async def test_a_second_communicate_meanwhile_waits_too_where_there_is_no_output() -> None:
+    read_end, write_end = os.pipe()
+    process = await shell("read line; exit 3", stdin=read_end)
+    os.close(read_end)
+    calls = [asyncio.ensure_future(process.communicate()) for _ in range(2)]
+    await asyncio.sleep(0)
+    os.close(write_end)
+    assert await asyncio.gather(*calls) == [(None, None), (None, None)]
+
+
 async def test_communicate_beside_a_reader_is_asyncios_error_and_loses_nothing() -> None:
     process = await shell("echo out; read line", stdin=-1, stdout=-1, stderr=-1)
     assert process.stdout is not None
@@ -166,3 +191,27 @@ async def test_communicate_beside_a_reader_is_asyncios_error_and_loses_nothing()
     assert await process.stdout.read() == b"out\n"
     assert await reading == b""
     assert await process.wait() == 1
+
+
+async def test_a_cancelled_wait_closed_disturbs_no_other_and_not_the_end_of_the_pipe() -> None:
+    said: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: said.append(context))
+    process = await aioreap.create_subprocess_exec("cat", stdin=-1)
+    assert process.stdin is not None
+    first, second = (asyncio.ensure_future(process.stdin.wait_closed()) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    process.stdin.close()
+    await second
+    assert first.cancelled()
+    assert await process.wait() == 0
+    assert not said
+
+
+@pytest.mark.any_backend
+async def test_output_that_is_handed_on_at_once_does_not_overtake_what_waits_for_its_turn() -> None:
+    process = await aioreap.create_subprocess_exec("cat", stdin=-1, stdout=-1)
+    process._transport._pipes[1].untold.append(b"first ")
+    process._transport._call("pipe_data_received", 1, b"first ")
+    process._transport.pipe_data_received(1, b"second ")
+    assert await process.communicate(b"third") == (b"first second third", None)

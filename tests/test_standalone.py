@@ -44,6 +44,30 @@ def _run(program: Path) -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.parametrize("level", ["-O0", "-O2", "-O3", "-Os"])
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_what_runs_in_the_child_calls_nothing_beyond(
+    compiler: str, level: str, tmp_path: Path
+) -> None:
+    """Of a loop a compiler may make strlen(); the init of a tree has unmapped the C library."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    made = tmp_path / "spawn.o"
+    source = str(_HERE.parent / "aioreap" / "_spawn.c")
+    subprocess.run([compiler, "-std=c11", level, "-fPIC", "-c", source, "-o", made], check=True)
+    undefined = set(_output_of("nm", "--undefined-only", "--format=posix", made).split()) - {"U"}
+    assert "munmap" in undefined, "the parent calls it"
+    relocations = _output_of("readelf", "--relocs", "--wide", made)
+    _, _, of_child = relocations.partition("'.rela.text.aioreap_child'")
+    named = set(of_child.partition("\n\n")[0].split())
+    assert of_child
+    assert not named & undefined
+
+
+def _output_of(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def test_every_way_to_clone_works_without_python(tmp_path: Path) -> None:
     program = tmp_path / "standalone"
     if _compile(program, "-O2", "-static").returncode:

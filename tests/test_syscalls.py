@@ -18,13 +18,17 @@ import pytest
 
 from aioreap import kernel
 
+pytestmark = pytest.mark.own_backend
+
 _DOCUMENT: Final = Path(__file__).parent.parent / "docs" / "system-calls.md"
 _KINDS: Final = ("no pipes", "three pipes")
 _SPAWNS: Final = 8
+_PR_SET_PTRACER: Final = 0x59616D61  # else Yama lets a tracer attach to its children only
 
+# It is traced from its first line of input on: a Python that starts makes thousands of calls.
 # The marks are paths that do not exist: stat() shows them in the trace.
 _SCRIPT: Final = f"""
-import asyncio, os, sys, aioreap
+import asyncio, ctypes, os, sys, aioreap
 
 def mark(name):
     try:
@@ -33,7 +37,6 @@ def mark(name):
         pass
 
 async def main():
-    aioreap.backend()
     for kind, stdio in zip({_KINDS!r}, (None, aioreap.PIPE)):
         for _ in range({_SPAWNS}):
             mark(kind)
@@ -45,6 +48,10 @@ async def main():
         mark("nothing")
 
 with asyncio.Runner(loop_factory=getattr(aioreap, sys.argv[1])) as runner:
+    aioreap.backend()
+    ctypes.CDLL(None).prctl({_PR_SET_PTRACER}, ctypes.c_ulong(-1))
+    print("ready", flush=True)
+    sys.stdin.readline()
     runner.run(main())
 """
 
@@ -100,17 +107,33 @@ def _spawns(trace: Iterator[str]) -> list[Spawn]:
 @functools.cache
 def _traced(backend: str, loop: str) -> list[Spawn]:
     assert shutil.which("strace"), "strace is needed: install the package strace"
-    with tempfile.NamedTemporaryFile("r") as trace:
-        done = subprocess.run(
-            ["strace", "-f", "-o", trace.name, sys.executable, "-c", _SCRIPT, loop],
-            env={**os.environ, "AIOREAP_BACKEND": backend},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
+    with (
+        tempfile.NamedTemporaryFile("r") as trace,
+        subprocess.Popen(
+            [sys.executable, "-c", _SCRIPT, loop],
+            # asyncio's debug mode, which the development mode is, asks for more.
+            env={**os.environ, "AIOREAP_BACKEND": backend, "PYTHONDEVMODE": ""},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             text=True,
-            timeout=600,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        ) as server,
+    ):
+        assert server.stdin is not None
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        with subprocess.Popen(
+            ["strace", "-f", "-o", trace.name, "-p", str(server.pid)],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as tracer:
+            assert tracer.stderr is not None
+            said = tracer.stderr.readline()
+            server.stdin.write("\n")
+            server.stdin.flush()
+            said += tracer.stderr.read()
+        assert tracer.returncode == 0, said
+        assert server.wait() == 0
         found = _spawns(iter(trace))
     assert len(found) == len(_KINDS) * _SPAWNS
     return found

@@ -30,6 +30,8 @@ from test_loops import FACTORIES
 import aioreap
 from aioreap import _clone, kernel, launch, spawn
 
+pytestmark = pytest.mark.own_backend
+
 
 @pytest.fixture
 def held(tmp_path: Path) -> Iterator[HeldProgram]:
@@ -325,39 +327,7 @@ async def test_a_forced_backend_that_is_refused_is_the_refusals_error(
     monkeypatch.undo()
 
 
-# Cancellation, at each await.
-
-
-@pytest.mark.parametrize("again", [False, True], ids=["once", "at-each-turn"])
-@pytest.mark.parametrize("program", ["true", "/nonexistent"])
-@pytest.mark.parametrize("pipes", [PIPES, {}], ids=["pipes", "no-pipes"])
-async def test_a_cancellation_at_any_turn_leaves_nothing(
-    pipes: dict[str, int], program: str, again: bool
-) -> None:
-    """Later and later, until the call is over before it is cancelled."""
-    await expect_that_a_spawn_works()
-    before = open_descriptors()
-    for turn in itertools.accumulate(range(200), lambda count, _: count + 1 + count // 8):
-        creating = asyncio.ensure_future(aioreap.create_subprocess_exec(program, **pipes))  # type: ignore[arg-type]
-        await turns(turn)
-        creating.cancel()
-        while not creating.done():
-            await asyncio.sleep(0)
-            if again:
-                creating.cancel()
-        if not creating.cancelled():
-            break
-        if again:  # then nobody waits for a child that dies slowly; the loop does the rest
-            await until(lambda: not children() and open_descriptors() == before)
-        assert children() == []
-        assert open_descriptors() == before
-    if program == "true":
-        process = creating.result()
-        await process.communicate()
-        assert process.returncode == 0
-    else:
-        assert isinstance(creating.exception(), FileNotFoundError)
-    assert turn > 0
+# Cancellation; tests/test_cancellation.py has it at each turn and at each await.
 
 
 @pytest.mark.clone_backends
@@ -507,6 +477,41 @@ def test_closing_any_loop_under_a_program_being_loaded_is_one_warning_and_its_de
         expect_death_of(pidfd)
 
 
+def coroutines_of(call: Any) -> list[Any]:
+    """The coroutines of ours that a call consists of, the outermost first."""
+    found = []
+    while hasattr(call, "cr_await"):
+        found.append(call)
+        call = call.cr_await
+    return [each for each in found if "aioreap" in each.cr_code.co_filename]
+
+
+@pytest.mark.clone_backends
+@pytest.mark.parametrize("depth", range(6))
+def test_a_call_whose_closed_loop_is_forgotten_ends_quietly_wherever_that_begins(
+    factory: Factory, held: HeldProgram, depth: int
+) -> None:
+    """In a cycle of garbage, any of its coroutines can be the first to be closed."""
+    loop = factory()
+    call: Any = aioreap.create_subprocess_exec(held.path, **PIPES)  # type: ignore[arg-type]
+    asyncio._set_running_loop(loop)
+    call.send(None)
+    asyncio._set_running_loop(None)
+    coroutines = coroutines_of(call)
+    assert coroutines[5].__name__ == "_connect_pipes"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        loop.close()
+        coroutines[depth].close()
+        for coroutine in coroutines:
+            coroutine.close()
+        del call, coroutines, coroutine, loop
+        gc.collect()
+    held.release()
+    asyncio.run(expect_that_a_spawn_works())
+    assert children() == []
+
+
 @pytest.mark.clone_backends
 def test_closing_any_loop_before_a_deferred_spawn_leaves_nothing(
     factory: Factory, monkeypatch: pytest.MonkeyPatch
@@ -530,6 +535,8 @@ def test_closing_any_loop_before_a_deferred_spawn_leaves_nothing(
         kept.clear()
         del loop
         gc.collect()
-    for _ in range(100):  # each reaps what has died since
-        asyncio.run(expect_that_a_spawn_works())
+    for _ in range(100):
+        asyncio.run(expect_that_a_spawn_works())  # reaps what has died since
+        if not children():
+            break
     assert children() == []

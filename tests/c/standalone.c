@@ -170,8 +170,10 @@ prepare(const char *const *arguments)
     s->argv[0] = keep(s, self);
     for (size_t i = 0; i < count; i++)
         s->argv[i + 1] = keep(s, arguments[i]);
+    s->argv[count + 1] = NULL;
     s->paths = spawn_allocate(s, 2 * sizeof *s->paths);
     s->paths[0] = s->argv[0];
+    s->paths[1] = NULL;
     s->envp = environ;
     s->cwd_descriptor = s->cgroup_procs = s->umask = s->process_group = -1;
     s->uid = s->gid = s->group_count = -1;
@@ -436,6 +438,62 @@ check_descriptors(void)
     check(could_not(run(s), SPAWN_STEP_DESCRIPTORS, EBADF), "a closed source is EBADF");
 }
 
+/* What the init tells of its program's end is in `told`. It has nothing but the mapping. */
+static struct end
+run_tree(struct spawn *s, int number, int *told)
+{
+    int ends[2];
+    if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) < 0)
+        abort();
+    s->tree = 1;
+    s->status = ends[1];
+    s->clone_flags |= CLONE_NEWPID;
+    s->envp = spawn_allocate(s, sizeof *s->envp);
+    s->envp[0] = NULL;
+    int error = spawn_start(s);
+    if (error == 0 && number != 0)
+        kill(s->pid, number);
+    struct end end = {error, 0, 0, 0};
+    if (error)
+        spawn_release(s);
+    else
+        end = finish(s);
+    *told = -1;
+    if (read(ends[0], told, sizeof *told) < 0)
+        *told = -1;
+    close(ends[0]);
+    close(ends[1]);
+    return end;
+}
+
+static void
+check_tree(void)
+{
+    int told, input[2];
+    if (mode->flags & CLONE_VM || !SPAWN_CAN_SHARE_MEMORY)
+        return;
+    if (spawn_probe(CLONE_NEWPID, mode->legacy) != EFAULT) {
+        printf("-      %s: no pid namespace is offered here\n", mode->name);
+        return;
+    }
+    struct end end = run_tree(PREPARE("exit", "3"), 0, &told);
+    check(exited(end, 3) && told == 3 << 8, "a tree's program runs below an init, and its status is told");
+    struct spawn *s = PREPARE("exit", "3");
+    s->paths[0] = keep(s, "/nonexistent/program");
+    end = run_tree(s, 0, &told);
+    check(could_not(end, SPAWN_STEP_EXEC, ENOENT), "its error is as any");
+    if (pipe2(input, O_CLOEXEC) < 0)
+        abort();
+    s = PREPARE("input");
+    s->descriptors = spawn_allocate(s, sizeof *s->descriptors);
+    s->descriptors[0] = (struct spawn_descriptor){input[0], 0};
+    s->descriptor_count = 1;
+    end = run_tree(s, SIGTERM, &told);
+    check(told == SIGTERM && end.status == (128 + SIGTERM) << 8, "a signal is for its program");
+    close(input[0]);
+    close(input[1]);
+}
+
 static void
 on_signal(int number)
 {
@@ -556,16 +614,18 @@ check_all(const char *name)
         }
         mode = &modes[i];
         offered++;
-        int guards = guards_mapped(), descriptors = descriptors_open();
+        int descriptors = descriptors_open();
         check_statuses();
         check_leaving();
         check_exec();
         check_directory();
         check_descriptors();
         check_signals();
+        check_tree();
         spawn_sweep();
         check(descriptors_open() == descriptors, "no descriptor is left");
-        check(guards_mapped() == guards, "no mapping is left");
+        check(spawn_count() == 0, "no mapping is left but the spares");
+        check(guards_mapped() <= SPAWN_SPARES, "there are no more of those than said");
     }
     mode = NULL;
     check(offered > 0, "a child can be cloned with its pidfd");

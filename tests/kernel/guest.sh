@@ -44,6 +44,7 @@ if [ -x /bin/busybox ]; then
     for name in cat false id sh sleep true; do
         ln -s busybox "/run/programs/$name"
     done
+    ln -sf /run/programs/sh /bin/sh
 fi
 
 # The init program gave us virtio ports, which admit one opener and no poll: the command gets a

@@ -76,7 +76,8 @@ def install_packages(packages: Sequence[str]) -> None:
     absent = _absent(packages)
     need = f"the Debian packages {' '.join(absent)}"
     say(f"installing {' '.join(absent)}")
-    install = ["apt-get", "install", "--yes", "--no-install-recommends", *absent]
+    wait = ["-o", "DPkg::Lock::Timeout=300"]  # seconds, for another program that installs
+    install = ["apt-get", *wait, "install", "--yes", "--no-install-recommends", *absent]
     run(install, need, env={"DEBIAN_FRONTEND": "noninteractive"})
 
 

@@ -140,7 +140,7 @@ def _apt_configuration(series: Series, cache: Path) -> Path:
     folder = cache / "apt" / f"{series.name}-{debian_name}"
     (folder / "lists/partial").mkdir(parents=True, exist_ok=True)
     (folder / "cache/archives/partial").mkdir(parents=True, exist_ok=True)
-    mirror = _mirror()
+    mirror = debian_mirror()
     lines = [f"deb [signed-by={KEYRING}] {mirror} {suite} main\n" for suite in series.suites]
     (folder / "sources.list").write_text("".join(lines))
     settings = {
@@ -159,7 +159,7 @@ def _apt_configuration(series: Series, cache: Path) -> Path:
     return folder / "apt.conf"
 
 
-def _mirror() -> str:
+def debian_mirror() -> str:
     """Return the address that this machine takes Debian from, whatever format its sources have."""
     printed = run(["apt-get", "update", "--print-uris"], "apt sources that can be read")
     found = re.findall(r"^'(\S+)/dists/([^/']+)/InRelease'", printed, re.MULTILINE)

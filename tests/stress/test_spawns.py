@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import blocks_mapped, open_descriptors
+from conftest import open_descriptors
 
 import aioreap
 from aioreap import _clone
@@ -154,7 +154,7 @@ async def test_very_many_spawns_leave_nothing_behind(program: Path, backend: str
             if number % max(_COUNT // _SAMPLES, 1) == 0:
                 resident.append(_resident())
 
-    descriptors, blocks = len(open_descriptors()), blocks_mapped()
+    descriptors, blocks = len(open_descriptors()), _clone.blocks()
     begin, ticker = time.monotonic(), _Ticker()
     with _bad_company(program) as turns:
         await asyncio.gather(*(work() for _ in range(_AT_ONCE)))
@@ -175,7 +175,7 @@ async def test_very_many_spawns_leave_nothing_behind(program: Path, backend: str
     assert late - early < _GROWTH_LIMIT
     process = await aioreap.create_subprocess_exec(program, "0")  # sweeps what was parked
     assert await process.wait() == 0
-    assert blocks_mapped() <= blocks
+    assert _clone.blocks() <= blocks
     assert len(open_descriptors()) <= descriptors
 
 

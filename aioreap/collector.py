@@ -1,0 +1,114 @@
+"""All that a child writes, for communicate(): past the stream readers, and never lost."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Coroutine
+from typing import Any, cast
+
+from aioreap.reader import take_buffered
+from aioreap.transport import SubprocessTransport, take_at_once
+
+__all__ = ["Collector"]
+
+
+@take_at_once
+class Collector(asyncio.SubprocessProtocol):
+    """Stands before a stream protocol while all output is collected.
+
+    The protocol does not hear of the output, nor of a stream's end, until that is
+    over: what was collected can be given to a reader as long as it has no EOF.
+
+    Raises:
+        RuntimeError: there is one already that collects.
+    """
+
+    def __init__(
+        self,
+        transport: SubprocessTransport,
+        protocol: asyncio.subprocess.SubprocessStreamProtocol,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        if isinstance(transport.get_protocol(), Collector):
+            message = "communicate() called while another coroutine is in it already"
+            raise RuntimeError(message)  # noqa: TRY004 - as asyncio's readers
+        self._transport = transport
+        self._protocol = protocol
+        self._loop = loop
+        readers = {1: protocol.stdout, 2: protocol.stderr}
+        self._readers = {fd: reader for fd, reader in readers.items() if reader is not None}
+        # Unlike a list to be joined, it never holds the output twice.
+        self._output: dict[int, io.BytesIO] = {}
+        self._ended: dict[int, Exception | None] = {}
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def collect(
+        self, exited: Coroutine[Any, Any, object]
+    ) -> tuple[bytes | None, bytes | None]:
+        """All that is left of stdout and stderr, when they have ended and `exited` has.
+
+        If it fails or is cancelled, what was read is in the readers again.
+        """
+        open_pipes = [fd for fd in self._readers if self._transport.is_pipe_open(fd)]
+        if open_pipes:
+            self._transport.set_protocol(self)
+        try:
+            for fd in open_pipes:
+                self._output[fd] = io.BytesIO()
+                self._output[fd].write(take_buffered(self._readers[fd]))
+            while not self._output.keys() <= self._ended.keys():
+                self._waiter = self._loop.create_future()
+                await self._waiter
+            await exited
+            self._raise_lost()
+        except BaseException:
+            exited.close()
+            for fd, output in self._output.items():
+                self._readers[fd].feed_data(output.getvalue())
+            self._give_way()
+            raise
+        self._give_way()
+        found = {
+            fd: self._output[fd].getvalue() if fd in self._output else take_buffered(reader)
+            for fd, reader in self._readers.items()
+        }
+        return found.get(1), found.get(2)
+
+    def _raise_lost(self) -> None:
+        for fd, reader in self._readers.items():
+            exc = self._ended.get(fd) or reader.exception()
+            if exc is not None:
+                raise exc
+
+    def _give_way(self) -> None:
+        if self._transport.get_protocol() is self:
+            self._transport.set_protocol(self._protocol)
+        for fd, exc in self._ended.items():
+            self._protocol.pipe_connection_lost(fd, exc)
+
+    def pipe_data_received(self, fd: int, data: bytes | str) -> None:
+        if fd in self._output:
+            self._output[fd].write(cast("bytes", data))
+        else:
+            self._protocol.pipe_data_received(fd, data)
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if fd not in self._output:
+            self._protocol.pipe_connection_lost(fd, exc)
+            return
+        self._ended[fd] = exc
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def process_exited(self) -> None:
+        self._protocol.process_exited()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._protocol.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._protocol.resume_writing()
