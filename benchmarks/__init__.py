@@ -1,0 +1,1 @@
+"""aioreap measured beside its peers: ``make bench``; docs/performance.md says how."""
