@@ -171,13 +171,14 @@ async def test_sigstop_stops_the_program_and_sigcont_lets_it_go_on() -> None:
 
 TELLS_USR1 = """
 import os, signal
-signal.signal(signal.SIGUSR1, lambda *_: os.write(1, who))
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 who = b"leader\\n"
 if os.fork() == 0:
     who = b"member\\n"
 os.write(1, b"ready\\n")
 while True:
-    signal.pause()
+    signal.sigwait([signal.SIGUSR1])
+    os.write(1, who)
 """
 
 
