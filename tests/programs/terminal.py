@@ -16,13 +16,17 @@ from collections.abc import Callable
 
 SUSPEND, INTERRUPT = b"\x1a", b"\x03"
 
-# It tells of lines that it reads, of SIGCONT and, at first, of who has the terminal.
+# It tells of lines that it reads, of SIGCONT and, at first, of who has the terminal. Python's
+# handlers wait for the end of a read() that they just miss: what the interpreter's own writes tells.
+CONTINUED = bytes([signal.SIGCONT])
 PROGRAM = r"""
 import os, signal
 def tell(what):
     os.write(OUTPUT, what.encode() + b"\n")
 signal.signal(signal.SIGINT, signal.SIG_DFL)
-signal.signal(signal.SIGCONT, lambda *_: tell("continued"))
+os.set_blocking(OUTPUT, False)
+signal.set_wakeup_fd(OUTPUT)
+signal.signal(signal.SIGCONT, lambda *_: None)
 tell("foreground" if os.tcgetpgrp(0) == os.getpid() == os.getpgrp() else "background")
 while line := os.read(0, 100):
     tell(line.decode().strip())
@@ -34,9 +38,8 @@ class Shell:
 
     def __init__(self) -> None:
         self.keys, self.terminal = os.openpty()
-        heard, self._told = os.pipe()
+        self._heard, self._told = os.pipe()
         self._program = PROGRAM.replace("OUTPUT", str(self._told))
-        self._lines = os.fdopen(heard, "r")
 
     def start(self, become: Callable[[], None], *wrapper: str) -> None:
         """Have an init run the program; `become` comes first in the new process."""
@@ -63,8 +66,13 @@ class Shell:
         os.write(self.keys, keys)
 
     def hear(self, expected: str) -> None:
-        """The next line that the program tells."""
-        heard = self._lines.readline().strip()
+        """The next thing that the program tells."""
+        told = b""
+        while told != CONTINUED and not told.endswith(b"\n"):
+            byte = os.read(self._heard, 1)
+            assert byte, f"it ended after {told!r}"
+            told += byte
+        heard = "continued" if told == CONTINUED else told.decode().strip()
         assert heard == expected, heard
         print(heard)
 
