@@ -17,7 +17,7 @@ from collections.abc import Callable
 SUSPEND, INTERRUPT = b"\x1a", b"\x03"
 
 # It tells of lines that it reads, of SIGCONT and, at first, of who has the terminal. Python's
-# handlers wait for the end of a read() that they just miss: what the interpreter's own writes tells.
+# handlers wait for the end of a read() that they just miss: the interpreter's own tells of it.
 CONTINUED = bytes([signal.SIGCONT])
 PROGRAM = r"""
 import os, signal
