@@ -80,6 +80,10 @@ _LEFT_OUT: Mapping[str, tuple[str, bool]] = {
         "takes too long on an emulated machine; a smaller twin runs there",
         EMULATED,
     ),
+    "newest_kernel": (
+        "is about what all kernels do alike; smaller twins run on the older ones that are emulated",
+        EMULATED and "autoreap" not in BACKENDS,
+    ),
     "pair_of_others": ("has a loop and a backend that are tried on the other kernels", EMULATED),
 }
 _left_out: Counter[str] = Counter()

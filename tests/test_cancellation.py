@@ -13,7 +13,7 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -406,15 +406,16 @@ async def test_a_cancellation_at_any_moment_leaves_nothing_of_what_is_held(
     assert await cancel_at_each_await(HELD[name], WAYS[way])
 
 
-def ways_of_this_loop() -> list[Way]:
-    """Half of them: the other loop has the others."""
+def each_one_way(operations: Mapping[str, Operation]) -> Iterator[tuple[Operation, Way]]:
+    """Each operation with one of the ways, and on the other loop with another one."""
     is_uvloops = type(asyncio.get_running_loop()).__module__.startswith("uvloop")
-    return [way for number, way in enumerate(WAYS.values()) if number % 2 == is_uvloops]
+    ways = itertools.islice(itertools.cycle(WAYS.values()), 2 * is_uvloops, None)
+    return zip(operations.values(), ways, strict=False)
 
 
 async def test_a_cancellation_at_any_await_leaves_nothing(backend: str) -> None:
     asyncio.get_running_loop().set_debug(True)
-    for operation, way in itertools.product(OPERATIONS.values(), ways_of_this_loop()):
+    for operation, way in each_one_way(OPERATIONS):
         assert await cancel_at_each_await(operation, way) or backend == "popen"
 
 
@@ -422,7 +423,7 @@ async def test_a_cancellation_at_any_await_leaves_nothing(backend: str) -> None:
 @pytest.mark.clone_backends
 async def test_a_cancellation_at_any_await_leaves_nothing_of_what_is_held() -> None:
     asyncio.get_running_loop().set_debug(True)
-    for operation, way in itertools.product(HELD.values(), ways_of_this_loop()):
+    for operation, way in each_one_way(HELD):
         assert await cancel_at_each_await(operation, way)
 
 

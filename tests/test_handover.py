@@ -392,6 +392,7 @@ def without_remarks(errors: str) -> str:
     )
 
 
+@pytest.mark.own_backend("uvloop")
 @pytest.mark.parametrize(
     "arguments", [(), pytest.param(("ended",), marks=pytest.mark.slow)], ids=["runs", "ended"]
 )
@@ -502,6 +503,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.own_backend("uvloop")
 @pytest.mark.autoreap
 async def test_an_autokill_child_outlives_its_owner_in_other_hands_and_ends_with_them(
     pair: Pair,
@@ -555,6 +557,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.own_backend("asyncio")
 @pytest.mark.autoreap
 @pytest.mark.parametrize("way", ["killed", "ended"])
 async def test_an_autokill_child_outlives_an_exec_and_ends_with_the_successor(way: str) -> None:

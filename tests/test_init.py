@@ -104,6 +104,7 @@ def test_a_signal_that_kills_the_program_kills_the_init_too(name: str) -> None:
     assert status_of("sh", "-c", f"kill -{name} $$") == (-signal.Signals[f"SIG{name}"], "")
 
 
+@pytest.mark.newest_kernel
 @pytest.mark.parametrize(
     ("program", "status", "reason"),
     [
@@ -122,6 +123,7 @@ def test_a_program_that_cannot_be_had_is_a_shells_status(
     assert status_of(program) == (status, f"aioreap init: {program}: {reason}\n")
 
 
+@pytest.mark.newest_kernel
 @pytest.mark.parametrize("command", [["-x", "true"], *slow([], ["--"], ["--nonsense"])])
 def test_a_wrong_use_is_told_with_2(command: list[str]) -> None:
     status, errors = status_of(*command)
@@ -129,6 +131,7 @@ def test_a_wrong_use_is_told_with_2(command: list[str]) -> None:
     assert errors.startswith("usage: python -m aioreap")
 
 
+@pytest.mark.newest_kernel
 @pytest.mark.parametrize("options", [["-g"], *slow([], ["--"], ["--group", "--"])], ids=" ".join)
 def test_the_programs_arguments_are_the_programs(options: list[str]) -> None:
     with running(*options, "sh", "-c", 'echo "$*"', "sh", "-g", "--", "--json") as init:
@@ -138,6 +141,7 @@ def test_the_programs_arguments_are_the_programs(options: list[str]) -> None:
 # Signals.
 
 
+@pytest.mark.newest_kernel
 def test_all_that_can_be_caught_is_sent_on() -> None:
     with running("--", sys.executable, "-c", LISTENER) as init:
         assert line_of(init) == "ready"
@@ -151,6 +155,7 @@ def test_all_that_can_be_caught_is_sent_on() -> None:
         assert init.wait() == 0
 
 
+@pytest.mark.newest_kernel
 @pytest.mark.parametrize("options", [[], ["-g"]], ids=["program", "group"])
 def test_a_signal_is_for_the_program_or_if_so_asked_for_its_group(options: list[str]) -> None:
     with running(*options, "sh", "-c", "sleep 1000 & echo $!; read line") as init:
@@ -173,6 +178,7 @@ def test_a_signal_is_for_the_program_or_if_so_asked_for_its_group(options: list[
 SIGNAL_STATE = ["grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status"]
 
 
+@pytest.mark.newest_kernel
 def test_the_program_has_the_mask_and_the_handlers_that_the_init_was_started_with() -> None:
     def spoil() -> None:
         for number in (signal.SIGHUP, signal.SIGCHLD, signal.SIGINT, signal.SIGTSTP):
@@ -194,6 +200,7 @@ def is_pending(pid: int, number: int) -> bool:
     return bool((int(lines["SigPnd"], 16) | int(lines["ShdPnd"], 16)) >> (number - 1) & 1)
 
 
+@pytest.mark.newest_kernel
 def test_a_program_that_somebody_has_stopped_is_not_job_control() -> None:
     """Who stops the program alone can have it go on alone."""
     with running("--", "cat", as_job=True) as init:
@@ -207,6 +214,7 @@ def test_a_program_that_somebody_has_stopped_is_not_job_control() -> None:
         init.returncode = -signal.SIGTERM
 
 
+@pytest.mark.newest_kernel
 def test_a_stop_stops_the_init_and_all_of_the_programs_group_and_sigcont_continues_them() -> None:
     with running("sh", "-c", "sleep 1000 & echo $!; read line; kill $!", as_job=True) as init:
         other = int(line_of(init))
@@ -248,6 +256,7 @@ def test_orphans_are_reaped_while_the_program_runs(count: int) -> None:
         assert init.wait() == 5
 
 
+@pytest.mark.newest_kernel
 def test_what_outlives_the_program_is_left_to_the_next_reaper() -> None:
     with running("--", "sh", "-c", "sleep 1000 >/dev/null & echo $!") as init:
         other = int(line_of(init))
@@ -285,6 +294,7 @@ def test_as_pid_1_it_reaps_sends_on_and_ends_with_128_and_the_signal(namespace: 
         assert not any(map(_state, others))
 
 
+@pytest.mark.newest_kernel
 @as_root
 def test_as_pid_1_a_missing_program_is_127_too() -> None:
     status, errors = status_of("/nonexistent", wrapper=PID_NAMESPACE)
@@ -327,6 +337,7 @@ def test_what_no_shell_could_continue_is_not_left_stopped_by_ctrl_z() -> None:
     run_program("terminal", "alone").expect("foreground\ncontinued\nline\nended with -2\n")
 
 
+@pytest.mark.newest_kernel
 @as_root
 def test_what_runs_under_a_pid_1_is_not_left_stopped_by_ctrl_z() -> None:
     run_program("terminal", "alone", *PID_NAMESPACE).expect(
