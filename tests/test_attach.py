@@ -610,6 +610,7 @@ async def test_one_thing_to_attach_to() -> None:
 
 
 @pytest.mark.any_backend
+@pytest.mark.own_backend("uvloop")
 @as_root
 async def test_a_process_beyond_the_pid_namespace_is_said_to_be(other: Other) -> None:
     """Seen from a new pid namespace, into which a descriptor was inherited."""

@@ -73,6 +73,7 @@ async def test_a_copy_can_spawn_children_of_its_own() -> None:
 WORKERS = "just_exit\nwork_and_exit\nclose_what_is_inherited\ndrop_what_is_inherited\n"
 
 
+@pytest.mark.own_backend
 @pytest.mark.parametrize(
     "loop",
     [

@@ -182,6 +182,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.own_backend("asyncio")
 async def test_another_process_goes_on_with_it(pair: Pair) -> None:
     process = await shell(ECHO)
     assert process.stdin is not None
@@ -559,7 +560,7 @@ asyncio.run(main())
 
 @pytest.mark.own_backend("asyncio")
 @pytest.mark.autoreap
-@pytest.mark.parametrize("way", ["killed", "ended"])
+@pytest.mark.parametrize("way", ["killed", pytest.param("ended", marks=pytest.mark.slow)])
 async def test_an_autokill_child_outlives_an_exec_and_ends_with_the_successor(way: str) -> None:
     """The test has the other end of what it reads: nothing but the kernel ends it."""
     read_end, write_end = os.pipe()
@@ -585,7 +586,8 @@ async def test_an_autokill_child_outlives_an_exec_and_ends_with_the_successor(wa
 # The example.
 
 
-@pytest.mark.parametrize("loop", [pytest.param("asyncio", marks=pytest.mark.slow), "uvloop"])
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_the_example_hands_everything_over(loop: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", EXAMPLE, loop, "0"],
