@@ -77,11 +77,7 @@ class Capture(asyncio.SubprocessProtocol):
 
     def send(self, data: bytes | memoryview | None) -> None:
         """Write `data` to stdin, if that is a pipe, and close it when all is written."""
-        stdin = self._transport.get_pipe_transport(0)
-        if stdin is not None and not stdin.is_closing():
-            if data:
-                stdin.write(data)
-            stdin.close()
+        self._transport.send(data)
 
     async def next_chunk(self) -> tuple[int, bytes] | None:
         """What came next on which stream, empty for its end; None when all of it is over.
@@ -171,9 +167,7 @@ class Capture(asyncio.SubprocessProtocol):
             if self._is_open(fd):
                 self.truncated = self.truncated or not _has_ended(end.fileno())
                 self._transport.get_pipe_transport(fd).close()
-        stdin = self._transport.get_pipe_transport(0)
-        if stdin is not None and self._transport.is_pipe_open(0) and stdin.get_write_buffer_size():
-            stdin.abort()  # nobody takes what is left
+        self._transport.drop_unsent()  # nobody takes what is left
 
     # asyncio.SubprocessProtocol.
 

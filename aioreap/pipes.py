@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 from collections import deque
 from typing import TYPE_CHECKING, Final, cast
+
+from aioreap.feed import LARGE, Feed
 
 if TYPE_CHECKING:
     from aioreap.transport import SubprocessTransport
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["PipeEnd", "PipeProtocol"]
 
 _LARGEST_STANDARD: Final = 2
+# How much asyncio's transports read at once, in bytes: what a pipe holds. They ask for four times
+# that, for which malloc() takes new pages each time; to have these costs more than to copy.
+_READ_SIZE: Final = 65536
 
 
 class PipeEnd:
@@ -66,11 +72,15 @@ class PipeProtocol(asyncio.Protocol):
         self.is_held: bool = False
         # What the protocol has not been told of yet.
         self.untold: deque[bytes] = deque()
+        # What writes a large input; the transport is closed by then.
+        self.feed: Feed | None = None
         self._process: SubprocessTransport | None = process
         self._number = number
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
+        if hasattr(transport, "max_size"):
+            transport.max_size = _READ_SIZE
         if self.is_held:
             cast("asyncio.ReadTransport", transport).pause_reading()
 
@@ -103,6 +113,8 @@ class PipeProtocol(asyncio.Protocol):
 
     def abandon(self, loop: asyncio.AbstractEventLoop, *, is_copy: bool) -> None:
         """Close the pipe although its loop is closed, or about to be, or another process's."""
+        if self.feed is not None:
+            self.feed.stop()
         if is_copy or self.transport is None or self.disconnected:
             self.end.close()
             return
@@ -123,9 +135,32 @@ class PipeProtocol(asyncio.Protocol):
     @property
     def unsent(self) -> int:
         """How many bytes have been written that are not in the pipe yet; for that of stdin."""
+        if self.feed is not None and self.feed.unsent:
+            return self.feed.unsent
         if self.disconnected or self.transport is None:
             return 0
         return cast("asyncio.WriteTransport", self.transport).get_write_buffer_size()
+
+    def send(
+        self, data: bytes | bytearray | memoryview | None, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """Write the last that is written, and close the pipe after it; for that of stdin."""
+        transport = cast("asyncio.WriteTransport", self.transport)
+        # Of all that can be given, only bytes cannot change before they are written.
+        if type(data) is bytes and len(data) >= LARGE and not self.unsent:
+            with contextlib.suppress(OSError):  # there is no descriptor for it
+                self.feed = Feed(loop, self.end.fileno(), data)
+        if data and self.feed is None:
+            transport.write(data)
+        transport.close()
+
+    def drop_unsent(self) -> None:
+        """Have nothing more written, and the pipe closed; for that of stdin."""
+        if self.feed is not None:
+            self.feed.stop()
+        # One that has nothing to write and closes would be closed twice by asyncio.
+        if self.unsent:
+            cast("asyncio.WriteTransport", self.transport).abort()
 
     def leave(self) -> None:
         """Close the descriptor, of which there is a copy, and read nothing from now on.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal as signals
 import subprocess
 from collections.abc import Callable, Sequence
@@ -319,11 +318,7 @@ class Process(asyncio.subprocess.Process):
         if not isinstance(self._protocol, asyncio.subprocess.SubprocessStreamProtocol):
             return await super().communicate(input)
         collector = Collector(self._transport, self._protocol, self._loop)
-        if self.stdin is not None and not self.stdin.is_closing():
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                if input is not None:
-                    self.stdin.write(input)
-            self.stdin.close()
+        self._transport.send(input)
         output = await collector.collect(self.wait())
         return cast("tuple[bytes, bytes]", output)  # as typeshed has it
 

@@ -77,7 +77,7 @@ def _encoded(given: Any, codec: TextCodec | None) -> bytes | memoryview | None:
     if given is None:
         return None
     if codec is None:
-        return memoryview(given).cast("B")
+        return given if type(given) is bytes else memoryview(given).cast("B")
     if not isinstance(given, str):
         raise TypeError(f"input must be str in text mode, not {type(given).__name__}")
     return codec.encode(given)

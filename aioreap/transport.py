@@ -342,12 +342,19 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         for number in self._pipes:
             self.close_pipe(number)
 
+    def send(self, data: bytes | bytearray | memoryview | None) -> None:
+        """Write `data` to stdin, if that is an open pipe, and close it when all is written."""
+        if 0 in self._pipes and self._pipes[0].is_open:
+            self._pipes[0].send(data, self._loop)
+
+    def drop_unsent(self) -> None:
+        """Have nothing more written to stdin, and that closed, if something is still to be."""
+        if 0 in self._pipes:
+            self._pipes[0].drop_unsent()
+
     async def give_up_pipes(self) -> asyncio.CancelledError | None:
         """Close all pipes, whatever has not been written; what it was cancelled with meanwhile."""
-        stdin = self.get_pipe_transport(0)
-        # One that has nothing to write and closes would be closed twice by asyncio.
-        if stdin is not None and stdin.get_write_buffer_size():
-            stdin.abort()
+        self.drop_unsent()
         self.close_pipes()
         return await self._pipes_closed()
 

@@ -39,6 +39,62 @@ def test_a_process_is_made_of_a_transport_by_hand(factory: Factory) -> None:
     run(factory, main())
 
 
+def test_a_reader_that_a_protocol_has_handed_out_stays_the_one_that_is_read_into(
+    factory: Factory,
+) -> None:
+    class Handing(asyncio.subprocess.SubprocessStreamProtocol):
+        handed: asyncio.StreamReader | None = None
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            self.handed = self.stdout
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        transport, protocol = await loop.subprocess_shell(
+            lambda: Handing(2**16, loop), "echo hi; read line", stderr=None
+        )
+        assert protocol.handed is not None
+        assert protocol.handed is protocol.stdout
+        assert await protocol.handed.readline() == b"hi\n"
+        await asyncio.subprocess.Process(transport, protocol, loop).communicate(b"\n")
+
+    run(factory, main())
+
+
+def test_a_read_asks_for_what_a_pipe_usually_holds(factory: Factory) -> None:
+    size = 500_000
+
+    class Measuring(asyncio.SubprocessProtocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self.sizes: list[int] = []
+            self.output = transport.get_pipe_transport(1)  # type: ignore[attr-defined]
+            self.output.pause_reading()
+            self.over = asyncio.get_running_loop().create_future()
+
+        def pipe_data_received(self, fd: int, data: bytes | str) -> None:
+            self.sizes.append(len(data))
+
+        def process_exited(self) -> None:
+            self.output.resume_reading()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.over.set_result(None)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        command = ["head", "-c", str(size), "/dev/zero"]
+        _, protocol = await loop.subprocess_exec(
+            Measuring, *command, stdin=None, stderr=None, pipesize=2**20
+        )
+        await protocol.over
+        assert sum(protocol.sizes) == size
+        if isinstance(loop, asyncio.SelectorEventLoop):
+            assert max(protocol.sizes) == 2**16
+
+    run(factory, main())
+
+
 def test_stdio_is_a_pipe_unless_it_is_said_otherwise(factory: Factory) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
