@@ -498,6 +498,7 @@ def test_the_public_coroutines_are_found() -> None:
 
 
 @pytest.mark.any_backend
+@pytest.mark.own_backend("uvloop")
 async def test_each_public_coroutine_is_cancelled_in_some_operation() -> None:
     missing = public_coroutines()
     for operation in OPERATIONS.values():

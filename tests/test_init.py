@@ -332,7 +332,7 @@ def test_what_no_shell_could_continue_is_not_left_stopped_by_ctrl_z() -> None:
     run_program("terminal", "alone").expect("foreground\ncontinued\nline\nended with -2\n")
 
 
-@pytest.mark.newest_kernel
+@pytest.mark.slow
 @as_root
 def test_what_runs_under_a_pid_1_is_not_left_stopped_by_ctrl_z() -> None:
     run_program("terminal", "alone", *PID_NAMESPACE).expect(

@@ -62,6 +62,7 @@ async def expect_every_status(count: int, *, close_fds: bool) -> None:
 
 @pytest.mark.clone_backends
 @pytest.mark.any_backend
+@pytest.mark.own_backend("uvloop")
 async def test_hundreds_of_descriptors_to_close_at_the_exec_corrupt_nothing() -> None:
     """Linux 7.3 closes descriptors first, and leaves the memory later.
 
