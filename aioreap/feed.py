@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+from collections.abc import Callable
 from typing import Final
 
 __all__ = ["LARGE", "Feed"]
@@ -16,11 +17,18 @@ LARGE: Final = 2**20
 class Feed:
     """Writes `data` to a pipe, through a copy of its descriptor that is closed after it.
 
-    Nobody has to wait for it: the loop keeps it until all is written or nobody can read it.
+    The loop keeps it until all is written or nobody can read it; then it calls `at_end`.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, pipe: int, data: bytes) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        pipe: int,
+        data: bytes,
+        at_end: Callable[[], object],
+    ) -> None:
         self._loop = loop
+        self._at_end: Callable[[], object] | None = at_end
         self._rest = memoryview(data)
         self._owner = os.getpid()
         self._pipe: int = -1  # for __del__(), should this fail
@@ -33,6 +41,7 @@ class Feed:
             raise
 
     def __del__(self) -> None:
+        self._at_end = None
         self.stop()
 
     @property
@@ -41,6 +50,10 @@ class Feed:
         return len(self._rest)
 
     def _write(self) -> None:
+        if self._owner != os.getpid():  # a copy that goes on with the loop, on a set of its own
+            self._loop.remove_writer(self._pipe)
+            self.stop()
+            return
         try:
             written = os.write(self._pipe, self._rest)
         except (BlockingIOError, InterruptedError):
@@ -52,12 +65,16 @@ class Feed:
             self.stop()
 
     def stop(self) -> None:
-        """Write no more, and close the pipe."""
+        """Write no more, close the pipe, and call `at_end` if this is not a forked copy."""
         pipe, self._pipe = self._pipe, -1
         self._rest = memoryview(b"")
         if pipe < 0:
             return
+        at_end, self._at_end = self._at_end, None
+        is_copy = self._owner != os.getpid()
         # In a forked copy, which shares the epoll set, it would make the parent deaf.
-        if not self._loop.is_closed() and self._owner == os.getpid():
+        if not is_copy and not self._loop.is_closed():
             self._loop.remove_writer(pipe)
         os.close(pipe)
+        if not is_copy and at_end is not None:
+            at_end()

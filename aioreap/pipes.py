@@ -72,8 +72,9 @@ class PipeProtocol(asyncio.Protocol):
         self.is_held: bool = False
         # What the protocol has not been told of yet.
         self.untold: deque[bytes] = deque()
-        # What writes a large input; the transport is closed by then.
+        # What writes a large input; the transport is closed by then, and the pipe lost after both.
         self.feed: Feed | None = None
+        self._loss: tuple[Exception | None] | None = None
         self._process: SubprocessTransport | None = process
         self._number = number
 
@@ -102,6 +103,9 @@ class PipeProtocol(asyncio.Protocol):
         self._process.pipe_data_received(self._number, data)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self.feed is not None and self.feed.unsent:
+            self._loss = (exc,)
+            return
         self.disconnected = True
         # libuv's write_eof() is for sockets: it fails when all is written, and closes the pipe.
         if isinstance(exc, OSError) and exc.errno == errno.ENOTSOCK:
@@ -149,15 +153,21 @@ class PipeProtocol(asyncio.Protocol):
         # Of all that can be given, only bytes cannot change before they are written.
         if type(data) is bytes and len(data) >= LARGE and not self.unsent:
             with contextlib.suppress(OSError):  # there is no descriptor for it
-                self.feed = Feed(loop, self.end.fileno(), data)
+                self.feed = Feed(loop, self.end.fileno(), data, self._fed)
         if data and self.feed is None:
             transport.write(data)
         transport.close()
+
+    def _fed(self) -> None:
+        loss, self._loss = self._loss, None
+        if loss is not None:
+            self.connection_lost(*loss)
 
     def drop_unsent(self) -> None:
         """Have nothing more written, and the pipe closed; for that of stdin."""
         if self.feed is not None:
             self.feed.stop()
+            return
         # One that has nothing to write and closes would be closed twice by asyncio.
         if self.unsent:
             cast("asyncio.WriteTransport", self.transport).abort()

@@ -201,7 +201,8 @@ class Process(asyncio.subprocess.Process):
         Raises:
             BlockingIOError: some of what was written to stdin is not in the pipe yet; nothing
                 is lost. After ``stdin.transport.set_write_buffer_limits(0)`` and ``await
-                stdin.drain()`` all of it is.
+                stdin.drain()`` all of it is; what communicate() was given is after ``await
+                stdin.wait_closed()``.
             ProcessLookupError: its exit is known.
             ValueError: it was detached already, or is held by this process's life
                 (PR_SET_PDEATHSIG).

@@ -77,11 +77,11 @@ _LEFT_OUT: Mapping[str, tuple[str, bool]] = {
     ),
     "autoreap": ("is about CLONE_AUTOREAP, and needs it", "autoreap" not in BACKENDS),
     "slow": (
-        "takes too long on an emulated machine; a smaller twin runs there",
+        "takes too long when emulated; a twin runs there, if kernels differ in it",
         EMULATED,
     ),
     "newest_kernel": (
-        "is about what all kernels do alike; smaller twins run on the older ones that are emulated",
+        "is about what all kernels do alike; of those that are emulated it runs on the newest",
         EMULATED and "autoreap" not in BACKENDS,
     ),
     "pair_of_others": ("has a loop and a backend that are tried on the other kernels", EMULATED),

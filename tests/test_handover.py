@@ -182,7 +182,7 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.own_backend("asyncio")
+@pytest.mark.own_backend("uvloop")
 async def test_another_process_goes_on_with_it(pair: Pair) -> None:
     process = await shell(ECHO)
     assert process.stdin is not None

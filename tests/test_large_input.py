@@ -116,6 +116,18 @@ async def test_a_process_is_not_detached_with_some_of_it_unsent() -> None:
         assert await process.communicate() == (b"%d\n" % len(DATA), None)
 
 
+async def test_wait_closed_is_for_the_last_of_it() -> None:
+    async with cancelled_communicate() as (process, opener):
+        assert process.stdin is not None
+        closed = asyncio.ensure_future(process.stdin.wait_closed())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not closed.done()
+        os.write(opener, b"\n")
+        await closed
+        assert await process.communicate() == (b"%d\n" % len(DATA), None)
+
+
 async def test_a_stop_leaves_nothing_of_it() -> None:
     async with cancelled_communicate() as (process, _):
         assert (await process.stop()).returncode == -signal.SIGTERM
@@ -138,24 +150,40 @@ async def test_a_forked_copy_can_drop_it_and_the_rest_is_sent() -> None:
 HOLDER = "exec 3<&0; sleep 1000 <&3 >/dev/null 2>&1 & echo $!"
 
 
-async def test_what_nobody_takes_is_not_waited_for() -> None:
-    for call in (
-        aioreap.run_process(HOLDER, shell=True, input=DATA, stdout=-1),
-        communicate_with_holder(),
-    ):
-        result = await call
-        output = result if isinstance(result, bytes) else result.stdout
-        os.kill(int(output), signal.SIGKILL)
-
-
-async def communicate_with_holder() -> bytes:
+async def communicate_with_holder() -> tuple[aioreap.Process, int]:
     process = await aioreap.create_subprocess_shell(HOLDER, stdin=-1, stdout=-1)
     output, _ = await process.communicate(DATA)
-    return output
+    return process, int(output)
 
 
-@pytest.mark.parametrize("make_loop", [asyncio.SelectorEventLoop, uvloop.new_event_loop])
+async def test_communicate_does_not_wait_for_who_takes_nothing() -> None:
+    _, holder = await communicate_with_holder()
+    os.kill(holder, signal.SIGKILL)
+
+
+async def test_run_process_waits_until_all_of_it_is_taken() -> None:
+    read_end, write_end = os.pipe()
+    try:
+        script = f"exec 3<&0; wc -c <&3 >/dev/fd/{write_end} &"
+        await aioreap.run_process(script, shell=True, input=DATA, pass_fds=[write_end])
+        assert int(os.read(read_end, 100)) == len(DATA)
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+@pytest.mark.parametrize(
+    "make_loop",
+    [
+        asyncio.SelectorEventLoop,
+        uvloop.new_event_loop,
+        aioreap.EventLoop,
+        aioreap.UvloopEventLoop,
+    ],
+)
 def test_a_closed_loop_gives_it_up(make_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
     with asyncio.Runner(loop_factory=make_loop) as runner:
-        holder = int(runner.run(communicate_with_holder()))
+        process, holder = runner.run(communicate_with_holder())
+    if make_loop in (aioreap.EventLoop, aioreap.UvloopEventLoop):
+        assert not process._transport._pipes[0].unsent
     os.kill(holder, signal.SIGKILL)

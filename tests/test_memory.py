@@ -72,8 +72,7 @@ async def test_hundreds_of_descriptors_to_close_at_the_exec_corrupt_nothing() ->
     descriptors = [os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC) for _ in range(300)]
     for descriptor in lower:  # the exec pipes get these numbers, and are closed before the others
         os.close(descriptor)
-    # On an emulated machine each of the two loops makes one half of a thousand.
-    await expect_every_status(500 if EMULATED else 1_000, close_fds=False)
+    await expect_every_status(1_000, close_fds=False)
     for descriptor in descriptors:
         os.close(descriptor)
 
