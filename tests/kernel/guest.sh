@@ -4,6 +4,8 @@
 set -eu
 repository=$1 modules=$2 command=$3
 
+echo 1 >/sys/devices/system/cpu/cpu1/online
+
 # Writes into the repository go to memory. (Beneath /root or /home they do so already.)
 if touch "$repository/.writable" 2>/dev/null; then
     rm "$repository/.writable"
