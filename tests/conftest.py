@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import gc
 import os
 import platform
@@ -119,8 +120,8 @@ def _is_pair_of_others(item: pytest.Item) -> bool:
     if own and _backend_of(item) != BACKENDS[0]:
         return True
     words = {*item.name.partition("[")[2].rstrip("]").split("-")}
-    if own and own.args and words & {*_LOOPS} - {*own.args}:
-        return True
+    if own and own.args:
+        return bool(words & {*_LOOPS} - {*own.args})
     uvloop_words = {"uvloop", "UvloopEventLoop"} & words
     asyncio_words = {"asyncio", "EventLoop"} & words
     if not uvloop_words:  # "installed-uvloop" is uvloop's
@@ -160,6 +161,22 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
     if call.when == "call" and call.excinfo is None:
         _passed[_backend_of(item)] += 1
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
+    """Have what follows a failure end too: pytest looks at the time no longer, for a debugger.
+
+    uvloop's close() waits for ever where a transport was left open and warnings are errors.
+    """
+    config = node.config
+    plugin = config.pluginmanager.getplugin("faulthandler")
+    if plugin is None or not isinstance(node, pytest.Item):
+        return
+    timeout = plugin.get_timeout_config_value(config)
+    if timeout > 0 and config.getini("faulthandler_exit_on_timeout"):
+        stderr = config.stash[plugin.fault_handler_stderr_fd_key]
+        faulthandler.dump_traceback_later(timeout, file=stderr, exit=True)
 
 
 def _did_not_run() -> list[str]:

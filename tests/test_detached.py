@@ -23,6 +23,7 @@ from test_launch import HeldProgram, turns
 
 import aioreap
 from aioreap import kernel, unowned, watcher
+from aioreap.process import subprocess_shell
 from aioreap.unowned import reap_heirs
 
 pytestmark = pytest.mark.own_backend
@@ -102,9 +103,16 @@ async def test_what_was_read_and_not_taken_comes_along() -> None:
     await reaped(detached.pid)
 
 
+class OtherProtocol(asyncio.subprocess.SubprocessStreamProtocol):
+    """Not the one that is told of output in the midst of anything."""
+
+
 async def test_what_the_streams_were_not_told_of_yet_comes_along() -> None:
-    process = await shell("echo one; read -r line")
-    transport = process._transport
+    loop = asyncio.get_running_loop()
+    transport, protocol = await subprocess_shell(
+        loop, lambda: OtherProtocol(limit=2**16, loop=loop), "echo one; read -r line"
+    )
+    process = aioreap.Process(transport, protocol, loop)
     told: list[object] = []
     transport._tell = lambda *telling: told.append(telling)  # type: ignore[method-assign]
     while not transport._pipes[1].untold:
@@ -287,15 +295,16 @@ async def test_a_closed_transport_has_nothing_to_detach() -> None:
 async def test_without_descriptors_nothing_has_changed() -> None:
     process = await shell(ECHO)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Of three pipes, and of the pidfd for who reaps it.
+    copies = 3 + process._transport.child.has_to_be_reaped
+    keep = [os.open("/dev/null", os.O_RDONLY) for _ in range(copies)]
     top = max(map(int, os.listdir("/proc/self/fd"))) + 1
-    keep = []
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (top + 1, hard))
         with contextlib.suppress(OSError):
             while True:
                 keep.append(os.open("/dev/null", os.O_RDONLY))
-        # One copy more succeeds each time: of three pipes, and of the pidfd for who reaps it.
-        for _ in range(3 + process._transport.child.has_to_be_reaped):
+        for _ in range(copies):  # one more succeeds each time
             with pytest.raises(OSError, match="Too many open files"):
                 process.detach()
             os.close(keep.pop())

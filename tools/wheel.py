@@ -8,6 +8,7 @@ and from a folder without our sources, by the commands that cibuildwheel runs to
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shutil
 import subprocess
@@ -34,13 +35,16 @@ def _run(*command: str | Path, cwd: Path = ROOT, path: Path = TOOLS) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     environment["PATH"] = f"{path}:{environment['PATH']}"
     print("+", *command, flush=True)
-    result = subprocess.run(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, text=True, check=False
-    )
-    print(result.stdout, end="", flush=True)
-    if result.returncode:
+    written = b""
+    with subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE) as process:
+        assert isinstance(process.stdout, io.BufferedReader)
+        while chunk := process.stdout.read1():  # as it comes: where a test hangs is seen
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
+            written += chunk
+    if process.returncode:
         sys.exit(f"{Path(command[0]).name} failed")
-    return result.stdout
+    return written.decode()
 
 
 def _build(work: Path, config: dict[str, Any]) -> Path:
