@@ -11,9 +11,11 @@
 #include "_spawn.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 /* Module slots by their numbers: the headers of the limited API of 3.11 do not
@@ -22,6 +24,10 @@
 #define PER_INTERPRETER_GIL_SUPPORTED ((void *)2)
 #define SLOT_GIL 4 /* Py_mod_gil, 3.13 */
 #define GIL_NOT_USED ((void *)1)
+
+#ifndef F_DUPFD_QUERY /* Linux 6.10 */
+#define F_DUPFD_QUERY 1027
+#endif
 
 static const char BLOCK_NAME[] = "aioreap._clone.block";
 
@@ -319,6 +325,41 @@ clone_environment(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
     return tuple;
 }
 
+static int
+is_working_directory(int descriptor)
+{
+    struct stat now, then;
+    return stat(".", &now) == 0 && fstat(descriptor, &then) == 0 && now.st_dev == then.st_dev
+        && now.st_ino == then.st_ino;
+}
+
+/* Whether a child gets as `target` the open file that `copy` is of, or nothing if that is -1. */
+static int
+is_inherited(int target, int copy)
+{
+    int flags = fcntl(target, F_GETFD);
+    int inheritable = flags >= 0 && !(flags & FD_CLOEXEC);
+    if (copy < 0 || !inheritable)
+        return copy < 0 && !inheritable;
+    return fcntl(target, F_DUPFD_QUERY, copy) == 1;
+}
+
+static PyObject *
+clone_inherits(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+    int directory, copies[3];
+    if (!PyArg_ParseTuple(arguments, "iiii:inherits", &directory, &copies[0], &copies[1],
+                          &copies[2]))
+        return NULL;
+    int same;
+    Py_BEGIN_ALLOW_THREADS /* the directory's file system may be one that takes its time */
+    same = is_working_directory(directory);
+    for (int target = 0; same && target < 3; target++)
+        same = is_inherited(target, copies[target]);
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(same);
+}
+
 static PyObject *
 clone_set_no_new_privs(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
@@ -355,6 +396,7 @@ static PyMethodDef methods[] = {
     {"take", clone_take, METH_O, NULL},
     {"probe", clone_probe, METH_VARARGS, NULL},
     {"environment", clone_environment, METH_NOARGS, NULL},
+    {"inherits", clone_inherits, METH_VARARGS, NULL},
     {"set_no_new_privs", clone_set_no_new_privs, METH_NOARGS, NULL},
     {"set_pdeathsig", clone_set_pdeathsig, METH_O, NULL},
     {"blocks", clone_blocks, METH_NOARGS, NULL},

@@ -80,6 +80,13 @@ def probe(clone_flags: int, legacy_clone: bool, /) -> int:
 def environment() -> tuple[bytes, ...]:
     """The environment that a child inherits, as ``name=value``."""
 
+def inherits(directory: int, stdin: int, stdout: int, stderr: int, /) -> bool:
+    """Whether a child would have that working directory and these as its 0, 1 and 2.
+
+    They are copies of descriptors, -1 for one that is not inherited. False too where the kernel
+    cannot tell that two descriptors are of one open file (before Linux 6.10).
+    """
+
 def set_no_new_privs() -> None:
     """Set no_new_privs for the calling thread, for good."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import os
 import sys
@@ -118,7 +119,10 @@ with warnings.catch_warnings():
             child = _AsyncioChild(pid, pidfd, reap=True, started_ns=time.monotonic_ns())
             ChildWatcher.of(loop).watch(child)
             self._children[id(loop), pid] = child
-            child.add_exit_callback(lambda child: self._tell(child, pid, callback, args))
+            context = contextvars.copy_context()
+            child.add_exit_callback(
+                lambda child: context.run(self._tell, child, pid, callback, args)
+            )
 
         def remove_child_handler(self, pid: int) -> bool:
             """Forget the callback for a child of the running loop; False if there is none."""

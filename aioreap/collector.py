@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import io
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any, cast
 
 from aioreap.reader import take_buffered
-from aioreap.transport import SubprocessTransport, take_at_once
+from aioreap.transport import (
+    SubprocessTransport,
+    take_all_at_once,
+    take_output_at_once,
+    takes_all_at_once,
+)
 
 __all__ = ["Collector"]
 
 
-@take_at_once
+@take_output_at_once
 class Collector(asyncio.SubprocessProtocol):
     """Stands before a stream protocol while all output is collected.
 
@@ -42,6 +48,17 @@ class Collector(asyncio.SubprocessProtocol):
         self._output: dict[int, io.BytesIO] = {}
         self._ended: dict[int, Exception | None] = {}
         self._waiter: asyncio.Future[None] | None = None
+        self._lost: tuple[contextvars.Context, Exception | None] | None = None
+
+    @staticmethod
+    def over(
+        transport: SubprocessTransport,
+        protocol: asyncio.subprocess.SubprocessStreamProtocol,
+        loop: asyncio.AbstractEventLoop,
+    ) -> Collector:
+        """One that takes at once what its protocol would, with the same errors."""
+        kind = _QuickCollector if takes_all_at_once(protocol) else Collector
+        return kind(transport, protocol, loop)
 
     async def collect(
         self, exited: Coroutine[Any, Any, object]
@@ -61,6 +78,8 @@ class Collector(asyncio.SubprocessProtocol):
                 self._waiter = self._loop.create_future()
                 await self._waiter
             await exited
+            if not self._transport.are_pipes_closed:  # stdin
+                await self._transport.let_pipes_close()
             self._raise_lost()
         except BaseException:
             exited.close()
@@ -84,8 +103,18 @@ class Collector(asyncio.SubprocessProtocol):
     def _give_way(self) -> None:
         if self._transport.get_protocol() is self:
             self._transport.set_protocol(self._protocol)
-        for fd, exc in self._ended.items():
-            self._protocol.pipe_connection_lost(fd, exc)
+        self._tell_of(iter(self._ended.items()))
+
+    def _tell_of(self, ended: Iterator[tuple[int, Exception | None]]) -> None:
+        for fd, exc in ended:
+            try:
+                self._protocol.pipe_connection_lost(fd, exc)
+            except BaseException:
+                self._tell_of(ended)  # all of it, though one of them raises
+                raise
+        if self._lost is not None and not self._loop.is_closed():
+            context, lost = self._lost
+            self._loop.call_soon(self._protocol.connection_lost, lost, context=context)
 
     def pipe_data_received(self, fd: int, data: bytes | str) -> None:
         if fd in self._output:
@@ -105,10 +134,15 @@ class Collector(asyncio.SubprocessProtocol):
         self._protocol.process_exited()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._protocol.connection_lost(exc)
+        self._lost = contextvars.copy_context(), exc  # it comes after the streams' ends
 
     def pause_writing(self) -> None:
         self._protocol.pause_writing()
 
     def resume_writing(self) -> None:
         self._protocol.resume_writing()
+
+
+@take_all_at_once
+class _QuickCollector(Collector):
+    """For a protocol of which nothing but a waiter hears anything."""

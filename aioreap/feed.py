@@ -10,7 +10,7 @@ from typing import Final
 
 __all__ = ["LARGE", "Feed"]
 
-# How long an input is, in bytes, for which its copy costs more than this does.
+# From how many bytes on an input is written so; the copy of a shorter one is a small cost.
 LARGE: Final = 2**20
 
 

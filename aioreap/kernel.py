@@ -76,14 +76,15 @@ class ExitStatus(NamedTuple):
     cgroup_id: int | None
 
 
-def _pidfd_info(pidfd: int) -> ExitStatus | None:
+def _pidfd_info(pidfd: int) -> tuple[int, int | None] | None:
+    """The wait status and the cgroup's id."""
     # An answer with an empty mask means that the task vanished while the
     # kernel was reading it: the next answer is a whole one.
     for _ in range(8):
         info = fcntl.ioctl(pidfd, PIDFD_GET_INFO, _PIDFD_INFO_ASKED)
         mask, cgroup_id, status = _PIDFD_INFO.unpack(info)
         if mask & PIDFD_INFO_EXIT:
-            return ExitStatus(status, cgroup_id if mask & PIDFD_INFO_CGROUPID else None)
+            return status, cgroup_id if mask & PIDFD_INFO_CGROUPID else None
         if mask:
             return None
     return None
@@ -128,13 +129,14 @@ def exit_status(pidfd: int, *, reap: bool) -> ExitStatus | None:
                 after = _pidfd_info(pidfd)
             except OSError:
                 after = None
-            return ExitStatus(_wait_status(result), after.cgroup_id if after else None)
+            return ExitStatus(_wait_status(result), after[1] if after else None)
     try:
-        return _pidfd_info(pidfd)
+        info = _pidfd_info(pidfd)
     except OSError as error:
         if error.errno not in (errno.ENOTTY, errno.EINVAL):
             raise
         return ExitStatus(None, None) if is_readable(pidfd) else None
+    return None if info is None else ExitStatus(*info)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ timer asks as well while launches are in flight.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import errno
 import os
 import time
@@ -60,13 +61,14 @@ class Launch:
         self._waiter: asyncio.Future[None] | None = None
 
     def __del__(self) -> None:
-        self._plan.close()
-        self._let_go()
+        if self._spawned is not None or not self._is_over:
+            self._plan.close()
+            self._let_go()
 
     async def cloned(self) -> None:
         """Wait until there is a child, or the launch has failed; otherwise as started()."""
         while self.child is None and not self._is_over:
-            await self._wait()
+            await self._next_wake()
 
     async def started(self) -> Child:
         """Wait until the program runs.
@@ -77,7 +79,7 @@ class Launch:
             OSError, subprocess.SubprocessError: as subprocess.Popen; no child is left.
         """
         while not self._is_over:
-            await self._wait()
+            await self._next_wake()
         # Neither this frame nor the launch may keep what the traceback refers to.
         error, self._error = self._error, None
         if error is not None:
@@ -149,7 +151,7 @@ class Launch:
         try:
             self._launcher.watcher.watch(child)
             if spawned.block is not None:
-                self._launcher.loop.add_reader(self._pipe, self._pipe_readable)
+                self._launcher.watcher.open_set().add(self._pipe, self)
         except BaseException:
             child.destroy()
             self._let_go()
@@ -160,12 +162,9 @@ class Launch:
             child.add_exit_callback(self._child_exited)
             self._launcher.look_after(self)
 
-    async def _wait(self) -> None:
+    def _next_wake(self) -> asyncio.Future[None]:
         self._waiter = self._launcher.loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        return self._waiter
 
     def _wake(self, _child: Child | None = None) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -187,8 +186,8 @@ class Launch:
         """Look whether the child has exec'ed or failed; True if that is known."""
         return self._examine(exited=False)
 
-    def _pipe_readable(self) -> None:
-        """EOF, or a report of a child with memory of its own, which examining takes."""
+    def ready(self) -> None:
+        """EOF in the pipe, or a report of a child with memory of its own, which examining takes."""
         if not self.examine() and self._spawned is not None and self._spawned.shares_memory:
             self._close_pipe()
             self._ask_early()
@@ -259,7 +258,7 @@ class Launch:
     def _close_pipe(self) -> None:
         pipe, self._pipe = self._pipe, -1
         if pipe >= 0:
-            self._launcher.remove_reader(pipe)
+            self._launcher.watcher.stop_telling(pipe)
             os.close(pipe)
 
 
@@ -269,7 +268,6 @@ class Launcher:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.watcher: ChildWatcher = ChildWatcher.of(loop)
         self._loop = weakref.ref(loop)
-        self._owner = os.getpid()
         self._in_flight: weakref.WeakSet[Launch] = weakref.WeakSet()
         self._is_looking = False
         # The calls that wait hold the launches: this must not keep a closed loop alive.
@@ -313,7 +311,7 @@ class Launcher:
         # What a turn has spent is forgotten in the next one. Little is let add up instead.
         if not self._turn_follows and self._spent_ns >= TURN_BUDGET_NS // 4:
             self._turn_follows = True
-            loop.call_soon(self._turn)
+            loop.call_soon(self._turn, context=contextvars.Context())
         return launch
 
     def _defer(self, launch: Launch, plan: SpawnPlan) -> None:
@@ -346,7 +344,7 @@ class Launcher:
         self._in_flight.add(launch)
         if not self._is_looking:
             self._is_looking = True
-            self.loop.call_later(_BACKSTOP, self._look)
+            self.loop.call_later(_BACKSTOP, self._look, context=contextvars.Context())
 
     def _look(self) -> None:
         for launch in list(self._in_flight):
@@ -355,12 +353,6 @@ class Launcher:
         self._is_looking = bool(self._in_flight)
         if self._is_looking:
             self.loop.call_later(_BACKSTOP, self._look)
-
-    def remove_reader(self, descriptor: int) -> None:
-        """As the loop's, and nothing in a forked copy or when the loop is closed."""
-        loop = self._loop()
-        if loop is not None and not loop.is_closed() and self._owner == os.getpid():
-            loop.remove_reader(descriptor)
 
 
 _launchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Launcher] = (

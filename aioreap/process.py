@@ -16,7 +16,7 @@ from aioreap.options import Options, Stdio, StrOrBytesPath, take_binary
 from aioreap.reader import take_unread
 from aioreap.spawn import SpawnPlan
 from aioreap.stopping import DEFAULT_GRACE, leave, stop
-from aioreap.transport import SubprocessTransport
+from aioreap.transport import SubprocessTransport, take_all_at_once
 from aioreap.writepipe import GivenUpWriter
 
 __all__ = [
@@ -47,7 +47,7 @@ async def _open(
     stdin: Stdio,
     stdout: Stdio,
     stderr: Stdio,
-    options: dict[str, Any],
+    options: Any,
 ) -> tuple[SubprocessTransport, _ProtocolT]:
     take_binary(options, shell=shell)
     protocol = protocol_factory()
@@ -57,14 +57,10 @@ async def _open(
         stdin=stdin,
         stdout=stdout,
         stderr=stderr,
-        options=cast("Options", options),
+        options=options,
     )
-    transport = SubprocessTransport(
-        loop,
-        cast("asyncio.SubprocessProtocol", protocol),
-        plan,
-        command[0] if shell else tuple(command),
-    )
+    args = command[0] if shell else tuple(command)
+    transport = SubprocessTransport(loop, protocol, plan, args)  # type: ignore[arg-type]
     await transport.start()
     return transport, protocol
 
@@ -103,8 +99,7 @@ async def subprocess_shell(
     **options: Any,
 ) -> tuple[SubprocessTransport, _ProtocolT]:
     """``loop.subprocess_shell()`` for any loop with ``add_reader``; `options` as in Options."""
-    if not isinstance(cmd, (bytes, str)):
-        raise ValueError("cmd must be a string")  # noqa: TRY004 - as asyncio
+    _check_command(cmd)
     return await _open(
         loop,
         protocol_factory,
@@ -318,12 +313,13 @@ class Process(asyncio.subprocess.Process):
         """
         if not isinstance(self._protocol, asyncio.subprocess.SubprocessStreamProtocol):
             return await super().communicate(input)
-        collector = Collector(self._transport, self._protocol, self._loop)
+        collector = Collector.over(self._transport, self._protocol, self._loop)
         self._transport.send(input)
         output = await collector.collect(self.wait())
         return cast("tuple[bytes, bytes]", output)  # as typeshed has it
 
 
+@take_all_at_once
 class _StreamProtocol(asyncio.subprocess.SubprocessStreamProtocol):
     """asyncio's, with a waiter for each ``stdin.wait_closed()``.
 
@@ -336,6 +332,11 @@ class _StreamProtocol(asyncio.subprocess.SubprocessStreamProtocol):
         return asyncio.shield(waiter)
 
 
+def _check_command(cmd: object) -> None:
+    if not isinstance(cmd, (bytes, str)):
+        raise ValueError("cmd must be a string")  # noqa: TRY004 - as asyncio
+
+
 def check_limit(limit: int) -> None:
     """Raise what asyncio.StreamReader would, in the midst of a beginning, where nobody hears it."""
     if limit <= 0:
@@ -343,16 +344,18 @@ def check_limit(limit: int) -> None:
 
 
 async def _create(
-    opening: Callable[..., Any], *command: Any, limit: int, **options: Any
+    command: Sequence[Any], *, stdout: Stdio, stderr: Stdio, limit: int, **how: Any
 ) -> Process:
-    if PIPE in (options["stdout"], options["stderr"]):  # as in asyncio: else there is no reader
+    if PIPE in (stdout, stderr):  # as in asyncio: else there is no reader
         check_limit(limit)
     loop = asyncio.get_running_loop()
-    transport, protocol = await opening(
+    transport, protocol = await _open(
         loop,
         lambda: _StreamProtocol(limit=limit, loop=loop),
-        *command,
-        **options,
+        command,
+        stdout=stdout,
+        stderr=stderr,
+        **how,
     )
     return Process(transport, protocol, loop)
 
@@ -383,14 +386,13 @@ async def create_subprocess_exec(
         subprocess.SubprocessError: something killed the child before its exec.
     """
     return await _create(
-        subprocess_exec,
-        program,
-        *args,
+        (program, *args),
+        shell=False,
         stdin=stdin,
         stdout=stdout,
         stderr=stderr,
         limit=limit,
-        **options,
+        options=options,
     )
 
 
@@ -403,12 +405,13 @@ async def create_subprocess_shell(
     **options: Unpack[Options],
 ) -> Process:
     """Start a command of /bin/sh, otherwise as create_subprocess_exec()."""
+    _check_command(cmd)
     return await _create(
-        subprocess_shell,
-        cmd,
+        (cmd,),
+        shell=True,
         stdin=stdin,
         stdout=stdout,
         stderr=stderr,
         limit=limit,
-        **options,
+        options=options,
     )

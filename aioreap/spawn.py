@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from aioreap import _clone, forking, hold, kernel
 from aioreap.options import HasFileno, Options, Stdio, environment, group_id, groups_ids, user_id
-from aioreap.surroundings import Surroundings, umask
+from aioreap.surroundings import Surroundings
 
 
 class Spawned(NamedTuple):
@@ -80,8 +80,12 @@ _LARGEST_INT: Final = 2**31 - 1
 _PIPE_ENDS: Final = {0: (0, 1), 1: (1, 0), 2: (1, 0)}  # (child's, parent's) of os.pipe()
 
 
-def _is_by_fork(options: Options) -> bool:
-    return options.get("preexec_fn") is not None or kernel.backend().name == "popen"
+# What os.fsencode() does with a string, without the calls that it takes to find that it is one.
+_ENCODING: Final = (sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
+
+
+def _encode(name: Any) -> bytes:
+    return name.encode(*_ENCODING) if type(name) is str else os.fsencode(name)
 
 
 def _standard_output() -> int:
@@ -93,7 +97,8 @@ class SpawnPlan:
     """All that a spawn needs, checked and encoded; the owner of its descriptors.
 
     Made by ``SpawnPlan.of``. ``pipes`` are the parent's ends by the child's
-    descriptor; all others are closed by close().
+    descriptor; all others are closed by close(). ``by_fork`` says that
+    subprocess.Popen makes the child, on the loop's thread and time.
     """
 
     arguments: list[Any]
@@ -103,6 +108,7 @@ class SpawnPlan:
     paths: tuple[bytes, ...]
     envp: tuple[bytes, ...] | None
     cwd: bytes | None
+    by_fork: bool
     cwd_descriptor: int = -1
     close_fds: bool = True
     restore_signals: bool = True
@@ -147,6 +153,8 @@ class SpawnPlan:
             raise ValueError("embedded null byte")
         if options:
             plan._check(options)
+        elif stdin is None and stdout is None and stderr is None:
+            return plan
         _open_plans.add(plan)
         try:
             plan._open(stdin, stdout, stderr, options)
@@ -166,23 +174,25 @@ class SpawnPlan:
                 arguments[0] = executable
         program = arguments[0] if executable is None else executable
         cwd, env = options.get("cwd"), options.get("env")
-        if not _is_by_fork(options):  # else Popen raises it
+        by_fork = options.get("preexec_fn") is not None or kernel.backend().name == "popen"
+        if not by_fork:  # else Popen raises it
             sys.audit("subprocess.Popen", program, arguments, cwd, env)
 
         envp = None if env is None else environment(env)
-        path = os.fsencode(program)
+        path = _encode(program)
         if b"/" in path:
             paths: tuple[bytes, ...] = (path,)
         else:
             paths = tuple(os.path.join(os.fsencode(d), path) for d in os.get_exec_path(env))  # type: ignore[arg-type]
         return cls(
-            arguments=arguments,
-            program=program,
-            options=options,
-            argv=tuple(map(os.fsencode, arguments)),
-            paths=paths,
-            envp=envp,
-            cwd=None if cwd is None else os.fsencode(cwd),
+            arguments,
+            program,
+            options,
+            tuple(map(_encode, arguments)),
+            paths,
+            envp,
+            None if cwd is None else os.fsencode(cwd),
+            by_fork,
         )
 
     def _check(self, options: Options) -> None:
@@ -256,6 +266,8 @@ class SpawnPlan:
 
     def _open_pipes(self) -> None:
         """Make the pipes: at the clone, as a spawn that waits for its turn needs none."""
+        if not self.descriptors:
+            return
         wanted = {source for source, _ in self.descriptors if source <= _PIPE_TO_BE}
         size = self.options.get("pipesize", -1)
         made = {source: self._open_pipe(_PIPE_TO_BE - source, size) for source in wanted}
@@ -264,7 +276,7 @@ class SpawnPlan:
     def _open_pipe(self, target: int, size: int) -> int:
         ends = os.pipe()
         child, parent = _PIPE_ENDS[target]
-        self._own.append(ends[child])
+        self._keep(ends[child])
         self.pipes[target] = ends[parent]
         if size > 0:
             fcntl.fcntl(ends[parent], fcntl.F_SETPIPE_SZ, size)
@@ -279,14 +291,15 @@ class SpawnPlan:
         """
         if self.envp is None:
             self.envp = _clone.environment()
+        _open_plans.add(self)
+        self._surroundings = Surroundings.now()
         if self.umask < 0:
-            self.umask = umask()
+            self.umask = self._surroundings.umask()
         copies: dict[int, int] = {}
         for source, _ in self.descriptors:
             if source >= 0 and source not in copies and source not in self._own:
                 copies[source] = self._keep(fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, 3))
         self.descriptors = [(copies.get(s, s), target) for s, target in self.descriptors]
-        self._surroundings = Surroundings.now()
         self.cwd_descriptor = self._surroundings.directory
         targets = {target for _, target in self.descriptors}
         for target, source in self._surroundings.streams.items():
@@ -307,9 +320,11 @@ class SpawnPlan:
             os.close(self.pipes.popitem()[1])
 
     @property
-    def by_fork(self) -> bool:
-        """Whether subprocess.Popen makes the child, on the loop's thread and time."""
-        return _is_by_fork(self.options)
+    def has_pipes(self) -> bool:
+        """Whether the parent has ends of pipes, or will from the clone on."""
+        if not self.descriptors:
+            return False
+        return bool(self.pipes) or any(source <= _PIPE_TO_BE for source, _ in self.descriptors)
 
     @property
     def leads_group(self) -> bool:
@@ -397,7 +412,8 @@ class SpawnPlan:
 
     def _new_hold(self, backend: kernel.Backend, *, autoreap: bool) -> hold.Hold:
         new = hold.Hold.of(backend, autoreap=autoreap, tree=self.autokill == "tree")
-        self._own += new.descriptors()
+        for descriptor in new.descriptors():
+            self._keep(descriptor)
         return new
 
     def give(self, descriptor: int) -> int:

@@ -5,32 +5,34 @@ from __future__ import annotations
 import fcntl
 import os
 import weakref
-from typing import Final
 
-F_DUPFD_QUERY: Final = 1027  # Linux 6.10
+from aioreap import _clone
+
+__all__ = ["Surroundings"]
 
 _reference: weakref.ref[Surroundings] | None = None
 
 
-def _standard_streams() -> list[tuple[int, int, bool] | None]:
-    """What is open as 0, 1 and 2, and whether a child inherits it."""
-    found: list[tuple[int, int, bool] | None] = []
-    for descriptor in (0, 1, 2):
-        try:
-            status = os.fstat(descriptor)
-        except OSError:
-            found.append(None)
-        else:
-            found.append((status.st_dev, status.st_ino, os.get_inheritable(descriptor)))
-    return found
+def _forget() -> None:
+    global _reference
+    _reference = None
 
 
-def _same_description(descriptor: int, other: int) -> bool:
-    """Whether both are one open file, with one offset; False where the kernel cannot say."""
+os.register_at_fork(after_in_child=_forget)  # they would tell of the umask of the other process
+
+
+def _is_inherited(descriptor: int) -> bool:
     try:
-        return fcntl.fcntl(descriptor, F_DUPFD_QUERY, other) == 1
+        return os.get_inheritable(descriptor)
     except OSError:
         return False
+
+
+def _open_status() -> int:
+    try:
+        return os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, PermissionError):  # there is no /proc
+        return -1
 
 
 class Surroundings:
@@ -43,26 +45,38 @@ class Surroundings:
 
     def __init__(self) -> None:
         self.streams: dict[int, int] = {}
+        self._status = -1
         self.directory: int = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._found = _standard_streams()
-        for number, stream in enumerate(self._found):
-            if stream is not None and stream[2]:
-                self.streams[number] = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3)
+        for number in filter(_is_inherited, (0, 1, 2)):
+            self.streams[number] = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3)
+        self._all = (self.directory, *(self.streams.get(number, -1) for number in (0, 1, 2)))
+        if self.are_current():  # else this kernel cannot tell, and nobody else will use it
+            self._status = _open_status()
 
     def __del__(self) -> None:
         while self.streams:
             os.close(self.streams.popitem()[1])
         if hasattr(self, "directory"):
             os.close(self.directory)
+        if self._status >= 0:
+            os.close(self._status)
 
     def are_current(self) -> bool:
         """Whether they would be the same if they were kept now."""
-        same = os.path.samestat(os.stat("."), os.fstat(self.directory))
-        return (
-            same
-            and self._found == _standard_streams()
-            and all(_same_description(number, copy) for number, copy in self.streams.items())
-        )
+        return _clone.inherits(*self._all)
+
+    def umask(self) -> int:
+        """This process's umask of now, read without setting it (Linux 4.7), or -1."""
+        descriptor = self._status if self._status >= 0 else _open_status()
+        if descriptor < 0:
+            return -1
+        try:
+            head = os.pread(descriptor, 256, 0)
+        finally:
+            if descriptor != self._status:
+                os.close(descriptor)
+        _, found, behind = head.partition(b"\nUmask:\t")
+        return int(behind[:4], 8) if found else -1
 
     @staticmethod
     def now() -> Surroundings:
@@ -73,17 +87,3 @@ class Surroundings:
             kept = Surroundings()
             _reference = weakref.ref(kept)
         return kept
-
-
-def umask() -> int:
-    """This process's umask, read without setting it (Linux 4.7), or -1."""
-    try:
-        descriptor = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return -1
-    try:
-        head = os.read(descriptor, 256)
-    finally:
-        os.close(descriptor)
-    _, found, behind = head.partition(b"\nUmask:\t")
-    return int(behind.split(b"\n", 1)[0], 8) if found else -1

@@ -28,7 +28,13 @@ from aioreap.writepipe import WritePipe
 if TYPE_CHECKING:
     from aioreap.stopping import Ladder
 
-__all__ = ["SubprocessTransport", "abandon_children", "take_at_once"]
+__all__ = [
+    "SubprocessTransport",
+    "abandon_children",
+    "take_all_at_once",
+    "take_output_at_once",
+    "takes_all_at_once",
+]
 
 _ProtocolT = TypeVar("_ProtocolT", bound=asyncio.SubprocessProtocol)
 
@@ -38,17 +44,29 @@ _TURNS_TO_CLOSE: Final = 10
 LONGEST_TIMER: Final = 1e8
 _NO_PIPES: Final[dict[int, PipeProtocol]] = {}
 
-# The protocols whose pipe_data_received() may be called in the midst of anything, as nothing but
-# a waiter hears of it. Others, and classes derived from these, have a turn of the loop for each.
-_TAKE_AT_ONCE: Final[set[type[asyncio.BaseProtocol]]] = {
+# The protocols that may be told in the midst of anything, as nothing but a waiter hears of it: of
+# output, and of all. Others, and classes derived from these, have a turn of the loop for each call.
+_TAKE_OUTPUT_AT_ONCE: Final[set[type[asyncio.BaseProtocol]]] = {
     asyncio.subprocess.SubprocessStreamProtocol
 }
+_TAKE_ALL_AT_ONCE: Final = {*_TAKE_OUTPUT_AT_ONCE}
 
 
-def take_at_once(protocol: type[_ProtocolT]) -> type[_ProtocolT]:
+def take_output_at_once(protocol: type[_ProtocolT]) -> type[_ProtocolT]:
     """Have output handed to a class of protocols without a turn of the loop."""
-    _TAKE_AT_ONCE.add(protocol)
+    _TAKE_OUTPUT_AT_ONCE.add(protocol)
     return protocol
+
+
+def take_all_at_once(protocol: type[_ProtocolT]) -> type[_ProtocolT]:
+    """Have all but connection_made() called without a turn of the loop."""
+    _TAKE_ALL_AT_ONCE.add(protocol)
+    return take_output_at_once(protocol)
+
+
+def takes_all_at_once(protocol: asyncio.BaseProtocol) -> bool:
+    """Whether its class is one of take_all_at_once()."""
+    return type(protocol) in _TAKE_ALL_AT_ONCE
 
 
 def _without(
@@ -100,14 +118,12 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._output_waiters: tuple[asyncio.Future[None], ...] = ()
         # What happens before connection_made, to be told after it.
         self._early: list[tuple[Any, ...]] | None = []
+        # That of the call which starts the child, for what the protocol is told in turns.
+        self._context: contextvars.Context | None = None
         self._untold = 0
         self._closed = False
         self._finished = False
         self._owner = os.getpid()
-        transports = _transports.get(loop)
-        if transports is None:
-            transports = _transports.setdefault(loop, weakref.WeakSet())
-        transports.add(self)
 
     def __repr__(self) -> str:
         state = [type(self).__name__]
@@ -138,9 +154,11 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         plan, self._plan = self._plan, None
         assert plan is not None
         try:
+            self._be_known()
             self._launch = Launcher.of(self._loop).begin(plan)
-            await self._launch.cloned()
-            await self._connect_pipes(plan.pipes)
+            if plan.has_pipes:
+                await self._launch.cloned()
+                await self._connect_pipes(plan.pipes)
             self._child = await self._launch.started()
             self._child.add_exit_callback(self._child_exited)
             self._announce()
@@ -164,6 +182,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         make_child() may not have been called, and what it has returned is given back.
         """
         try:
+            self._be_known()
             await self._connect_pipes(pipes, held=True)
             self._child = make_child()
             ChildWatcher.of(self._loop).watch(self._child)
@@ -178,6 +197,13 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 os.close(pipes.popitem()[1])
             await self._undo(error)
             raise
+
+    def _be_known(self) -> None:
+        """Be ended by the loop's end."""
+        transports = _transports.get(self._loop)
+        if transports is None:
+            transports = _transports.setdefault(self._loop, weakref.WeakSet())
+        transports.add(self)
 
     async def _undo(self, error: BaseException) -> None:
         """Leave nothing behind of a beginning that has failed."""
@@ -209,18 +235,14 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def _announce(self, then: Callable[[], None] | None = None) -> None:
         """Call connection_made() as the loop calls it, then tell of what came before it."""
+        context = contextvars.copy_context()
+        if not takes_all_at_once(self._protocol):
+            self._context = context.copy()
         try:
-            contextvars.copy_context().run(self._protocol.connection_made, self)
+            context.run(self._protocol.connection_made, self)
         except Exception as error:  # noqa: BLE001 - for the loop to handle
-            self._loop.call_exception_handler(
-                {
-                    "message": f"{self._protocol!r}.connection_made() failed",
-                    "exception": error,
-                    "protocol": self._protocol,
-                    "transport": self,
-                }
-            )
-        if self.child.exit_info is None:
+            self._handle("connection_made", error)
+        if self._pipes and self.child.exit_info is None:
             self._readers = adopt(self._protocol)
         if then is not None:
             then()
@@ -239,12 +261,24 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 pipe.end.close()
         return cancelled
 
+    @property
+    def are_pipes_closed(self) -> bool:
+        """Whether the loop has closed all of them."""
+        for pipe in self._pipes.values():  # noqa: SIM110 - asked three times for each child
+            if not pipe.disconnected:
+                return False
+        return True
+
+    async def let_pipes_close(self) -> None:
+        """Give the loop the turns that it takes to close what has ended."""
+        raise_again(await self._pipes_closed())
+
     async def _pipes_closed(self) -> asyncio.CancelledError | None:
         """Wait until the loop has closed the pipes; what it was cancelled with meanwhile."""
         cancelled: asyncio.CancelledError | None = None
         # The loop closes a pipe some turns after it was asked to.
         for _ in range(_TURNS_TO_CLOSE):
-            if all(pipe.disconnected for pipe in self._pipes.values()):
+            if self.are_pipes_closed:
                 break
             try:
                 await asyncio.sleep(0)
@@ -254,15 +288,37 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     # What happens to the child and its pipes.
 
+    def _handle(self, name: str, error: Exception) -> None:
+        """Have the loop handle what a call of the protocol's has raised."""
+        self._loop.call_exception_handler(
+            {
+                "message": f"{self._protocol!r}.{name}() failed",
+                "exception": error,
+                "protocol": self._protocol,
+                "transport": self,
+            }
+        )
+
     def _call(self, name: str, *arguments: object) -> None:
         if self._early is not None:
             self._early.append((name, *arguments))
-        elif not self._loop.is_closed():
+        elif self._loop.is_closed():
+            return
+        elif not self._untold and type(self._protocol) in _TAKE_ALL_AT_ONCE:
+            try:
+                self._tell(name, *arguments)
+            except Exception as error:  # noqa: BLE001 - for the loop to handle
+                self._handle(name, error)
+        else:
             self._untold += 1
-            self._loop.call_soon(self._tell, name, *arguments)
+            context = None if self._context is None else self._context.copy()
+            self._loop.call_soon(self._tell_in_turn, name, *arguments, context=context)
+
+    def _tell_in_turn(self, name: str, *arguments: Any) -> None:
+        self._untold -= 1
+        self._tell(name, *arguments)
 
     def _tell(self, name: str, *arguments: Any) -> None:
-        self._untold -= 1
         if name == "pipe_connection_lost":
             self._pipes[arguments[0]].told_of_loss = True
         elif name == "pipe_data_received":
@@ -284,7 +340,11 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         return fd in self._pipes and not self._pipes[fd].told_of_loss
 
     def pipe_data_received(self, number: int, data: bytes) -> None:
-        if self._untold or self._early is not None or type(self._protocol) not in _TAKE_AT_ONCE:
+        if (
+            self._untold
+            or self._early is not None
+            or type(self._protocol) not in _TAKE_OUTPUT_AT_ONCE
+        ):
             self._pipes[number].untold.append(data)
             self._call("pipe_data_received", number, data)
             return
@@ -301,9 +361,11 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             logger.info("%r exited", self)
         for reader in self._readers:
             reader.forget()
-        self._call("process_exited")
-        self._wake_who_waits_for_the_exit()
-        self._try_finish()
+        try:
+            self._call("process_exited")
+        finally:
+            self._wake_who_waits_for_the_exit()
+            self._try_finish()
 
     def _wake_who_waits_for_the_exit(self) -> None:
         waiters, self._exit_waiters = self._exit_waiters, ()
@@ -313,9 +375,12 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     def _try_finish(self) -> None:
         child = self._child
         is_over = child is not None and (child.is_detached or child.exit_info is not None)
-        if is_over and not self._finished and all(p.disconnected for p in self._pipes.values()):
+        if not is_over or self._finished:
+            return
+        if self.are_pipes_closed:
             self._finished = True
             self._call("connection_lost", None)
+            self._context = None  # what it holds may hold this
 
     # What brings it to its end.
 
@@ -406,6 +471,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     # What asyncio.SubprocessTransport promises.
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        if self._context is None and not self._finished and not takes_all_at_once(protocol):
+            self._context = contextvars.copy_context()
         self._protocol = protocol  # type: ignore[assignment]
 
     def get_protocol(self) -> asyncio.SubprocessProtocol:
@@ -586,8 +653,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             ExitStatusLost: nobody can know how the child ended.
             ValueError: it was detached, perhaps meanwhile.
         """
-        while self.child.exit_info is None:
-            self.child.check_kept()
+        child = self.child
+        while child.exit_info is None:
+            child.check_kept()
             waiter = self._loop.create_future()
             self._exit_waiters = (*self._exit_waiters, waiter)
             try:
@@ -595,7 +663,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             finally:
                 if self._exit_waiters:
                     self._exit_waiters = _without(waiter, self._exit_waiters)
-        exit_info = self.child.exit_info
+        exit_info = child.exit_info
         if exit_info.status is None:
             raise ExitStatusLost(exit_info.pid)
         return exit_info

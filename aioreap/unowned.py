@@ -144,6 +144,8 @@ def is_child(pidfd: int) -> bool:
 
 def reap_heirs() -> None:
     """Reap the dead heirs of loops that are closed; done at every spawn."""
+    if not _heirs:
+        return
     for watcher, heirs in list(_heirs.items()):
         if watcher.is_over:
             for heir in list(heirs):

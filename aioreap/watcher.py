@@ -1,14 +1,13 @@
-"""From a pidfd to exit info: one ChildWatcher per event loop, through its readers.
+"""From a pidfd to exit info: one ChildWatcher per event loop, through a reader of it.
 
 Caveats, each shown by tests/test_watcher.py:
 
 * Readable is not "exit info ready": the kernel wakes the pollers of a pidfd
   first and stores the exit info later, much later while a tracer holds the
-  dead child. A level-triggered reader would spin. Such a pidfd moves to an
-  inner epoll, edge-triggered, and that one is registered with the loop.
+  dead child. Level-triggered, such a pidfd would spin: it is told of by edges.
 * An epoll set is shared with forked copies of the program: one that removes a
-  reader makes the parent deaf. In a copy, only descriptors are closed, and
-  asyncio's loops get a set of their own there. (tests/test_copies.py)
+  reader makes the parent deaf. In a copy, asyncio's loops get a set of their
+  own, as the children do; no other loop is touched there. (tests/test_copies.py)
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from aioreap import _clone, groups, hold, kernel
+from aioreap.epollset import EpollSet
 from aioreap.exitinfo import ExitInfo, ExitStatusLost
 
 __all__ = ["Child", "ChildWatcher"]
@@ -39,7 +39,7 @@ logger: Final = logging.getLogger("aioreap")
 # After how many seconds a pidfd that says ESRCH is asked again, before its
 # status counts as lost.
 _ESRCH_PATIENCE: Final = (0.001, 0.01, 0.1)
-# After how many seconds another inner epoll is tried when there was no descriptor for it.
+# After how many seconds it is asked again where there was no room to be told of edges.
 _EPOLL_RETRY: Final = 0.02
 # How long destroy() stays for the death of what it killed, in milliseconds.
 _DEATH_PATIENCE_MS: Final = 200
@@ -126,7 +126,6 @@ class Child:
         self._watcher: ChildWatcher | None = None
         self._callbacks: list[Callable[[Child], object]] = []
         self._group_pidfd = -1  # what was the pidfd, while the group outlives its leader
-        self._edge: _EdgeReader | None = None
         self._esrch_count = 0
 
     def __repr__(self) -> str:
@@ -134,7 +133,13 @@ class Child:
         return f"<{type(self).__name__} pid={self.pid} {state}>"
 
     def __del__(self) -> None:
-        self.abandon()
+        if self.pidfd >= 0 or self._group_pidfd >= 0:
+            self.abandon()
+
+    def ready(self) -> None:
+        """Its pidfd is readable: ask for its exit info."""
+        if self._watcher is not None:
+            self._watcher.look_at(self)
 
     def abandon(self) -> None:
         """Kill the child if it runs, with a ResourceWarning: its loop is closed, or about to be."""
@@ -231,9 +236,10 @@ class Child:
             if self.status is None and self.heir is not None:
                 self.status = self.heir.ask()
             elif self.status is None:
-                known = self.pidfd >= 0
-                lost = kernel.ExitStatus(None, None)
-                self.status = kernel.exit_status(self.pidfd, reap=self._reap) if known else lost
+                if self.pidfd >= 0:
+                    self.status = kernel.exit_status(self.pidfd, reap=self._reap)
+                else:
+                    self.status = kernel.ExitStatus(None, None)
                 if self.status_socket >= 0 and self.status is not None:
                     self.status = hold.status_of_program(self.status_socket, self.status)
             return self.status
@@ -260,13 +266,13 @@ class Child:
             copy = os.dup(self.pidfd)  # which the loop's thread cannot close
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, copy)
-            edge = _EdgeReader(copy)
-            stack.callback(edge.close)
+            edges = stack.enter_context(select.epoll())
+            edges.register(copy, select.EPOLLIN | select.EPOLLET)
             while not self._ask_with(patience):
                 left = None if end is None else end - time.monotonic()
                 if left is not None and left <= 0:
                     break
-                edge.take(left)
+                edges.poll(left)
         return self.status
 
     def _ask_with(self, patience: Iterator[float]) -> bool:
@@ -290,10 +296,12 @@ class Child:
         )
         if status.status is None:
             logger.log(self._lost_level, "%s", ExitStatusLost(self.pid))
-        self._close(keep_group=self.leads_group and self._keeps_group)
-        callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback(self)
+        try:
+            self._close(keep_group=self.leads_group and self._keeps_group)
+        finally:
+            callbacks, self._callbacks = self._callbacks, []
+            for callback in callbacks:
+                callback(self)
 
     def check_kept(self) -> None:
         """Raise a ValueError if the child was detached."""
@@ -356,7 +364,8 @@ class Child:
         """
         self._stop_being_watched()
         with _reaping:
-            self._close_status_socket()
+            if self.status_socket >= 0:
+                self._close_status_socket()
             pidfd, self.pidfd = self.pidfd, -1
             if pidfd < 0:
                 return
@@ -379,9 +388,9 @@ class Child:
             self.status_socket = -1
 
     def _stop_being_watched(self) -> None:
-        watcher, self._watcher = self._watcher, None
-        if watcher is not None and self._owner == os.getpid():
-            watcher.forget(self)
+        if self._watcher is not None:
+            self._watcher.forget(self)
+            self._watcher = None  # not before, as an interrupt may come
 
     def destroy(self) -> None:
         """Kill the child at once and give up its descriptors, with no help from a loop.
@@ -394,6 +403,8 @@ class Child:
         if self.pidfd < 0:
             return
         if self._owner != os.getpid():  # a forked copy: the child is not its own
+            if self._watcher is not None:
+                self._watcher.notice_copy()
             self._close()
             return
         self._stop_being_watched()
@@ -421,36 +432,18 @@ class Child:
         self._close()
 
 
-class _EdgeReader:
-    """An inner epoll that becomes readable at each new event of one pidfd."""
-
-    def __init__(self, pidfd: int) -> None:
-        self._epoll = select.epoll()
-        try:
-            self._epoll.register(pidfd, select.EPOLLIN | select.EPOLLET)
-        except BaseException:
-            self._epoll.close()
-            raise
-        self.fileno = self._epoll.fileno()
-
-    def take(self, timeout: float | None = 0) -> None:
-        """Wait for the next event, for at most `timeout` seconds, and take it."""
-        self._epoll.poll(timeout)
-
-    def close(self) -> None:
-        self._epoll.close()
-
-
 class ChildWatcher:
-    """Resolves children into their exit info through the readers of one event loop.
+    """Resolves children into their exit info through a reader of one event loop.
 
     ``ChildWatcher.of(loop)`` is the one of that loop. It uses neither threads nor
-    signals, and needs only ``add_reader``, ``remove_reader`` and ``call_later`` of
-    the loop.
+    signals, and needs only ``add_reader`` and ``call_later`` of the loop.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
+        # The loop's reader keeps the set, and with it the children; this would keep the loop.
+        self._epoll_set: weakref.ref[EpollSet] | None = None
+        # A loop that is closed has no set any more.
         self._children: weakref.WeakSet[Child] = weakref.WeakSet()
 
     @classmethod
@@ -467,34 +460,63 @@ class ChildWatcher:
         loop = self._loop()
         return loop is None or loop.is_closed()
 
+    @property
+    def _set(self) -> EpollSet | None:
+        return None if self._epoll_set is None else self._epoll_set()
+
     def is_watching(self, pidfd: int) -> bool:
-        """Whether a child has this descriptor; its reader would be replaced."""
+        """Whether a child has this descriptor."""
         return any(child.pidfd == pidfd for child in self._children)
+
+    def open_set(self) -> EpollSet:
+        """The loop's set, made at the first call.
+
+        Raises:
+            RuntimeError: the loop is closed.
+            NotImplementedError: it has no ``add_reader``.
+            OSError: there is no descriptor for it (EMFILE), or no room in the kernel for
+                another watch (ENOSPC, ENOMEM).
+        """
+        loop = self._loop()
+        if loop is None or loop.is_closed():
+            raise RuntimeError("Event loop is closed")
+        epoll_set = self._set
+        if epoll_set is None:
+            try:
+                epoll_set = EpollSet(loop)
+            except NotImplementedError:
+                raise NotImplementedError(
+                    f"{loop!r} has no add_reader(), and so cannot watch a child"
+                ) from None
+            self._epoll_set = weakref.ref(epoll_set)
+        return epoll_set
+
+    def stop_telling(self, descriptor: int) -> None:
+        """Have nobody told of `descriptor`, which can be closed after this."""
+        epoll_set = self._set
+        if epoll_set is not None:
+            epoll_set.remove(descriptor)
 
     def watch(self, child: Child) -> None:
         """Ask for the child's exit info whenever its pidfd is readable, and settle it.
 
         Raises:
-            RuntimeError: the loop is closed.
-            NotImplementedError: it has no ``add_reader``.
-            OSError: the kernel has no room for another watch (ENOSPC, ENOMEM).
+            RuntimeError, NotImplementedError, OSError: as open_set(), EpollSet.add().
         """
-        loop = self._loop()
-        if loop is None or loop.is_closed():
-            raise RuntimeError("Event loop is closed")
-        try:
-            loop.add_reader(child.pidfd, self._readable, child)
-        except NotImplementedError:
-            raise NotImplementedError(
-                f"{loop!r} has no add_reader(), and so cannot watch a child"
-            ) from None
+        self.open_set().add(child.pidfd, child)
         child._watcher = self
         self._children.add(child)
 
     def forget(self, child: Child) -> None:
         """Stop watching; the pidfd can be closed after this."""
-        self._stop_reading(child)
+        self.stop_telling(child.pidfd)
         self._children.discard(child)
+
+    def notice_copy(self) -> None:
+        """This is a forked copy: take nothing out of a set that is still the parent's."""
+        epoll_set = self._set
+        if epoll_set is not None:
+            epoll_set.notice_copy()
 
     def abandon_children(self) -> None:
         """Kill the children that are left; for a loop that is about to be closed."""
@@ -502,11 +524,10 @@ class ChildWatcher:
             for child in list(self._children):
                 stack.callback(child.abandon)
 
-    def _readable(self, child: Child) -> None:
+    def look_at(self, child: Child) -> None:
+        """Ask for its exit info, and settle it, or have it asked again."""
         if child.pidfd < 0:  # settled meanwhile, by poll() or before a second try
             return
-        if child._edge is not None:
-            child._edge.take()
         try:
             status = child.ask()
         except OSError as error:
@@ -514,38 +535,28 @@ class ChildWatcher:
             return
         if status is not None:
             child.settle(status)
-        elif child._edge is None:
+        else:
             self._await_edges(child)
 
     def _await_edges(self, child: Child) -> None:
-        self._stop_reading(child)
-        loop = self._loop()
-        if loop is None:
+        loop, epoll_set = self._loop(), self._set
+        if loop is None or epoll_set is None or epoll_set.tells_of_edges(child.pidfd):
             return
         try:
-            child._edge = _EdgeReader(child.pidfd)
-            loop.add_reader(child._edge.fileno, self._readable, child)
+            epoll_set.tell_of_edges(child.pidfd)
         except OSError:
-            self._stop_reading(child)
-            loop.call_later(_EPOLL_RETRY, self._readable, child)
+            epoll_set.pause(child.pidfd)
+            loop.call_later(_EPOLL_RETRY, self.look_at, child)
 
     def _ask_later(self, child: Child, error: OSError) -> None:
-        self._stop_reading(child)
-        loop = self._loop()
-        if loop is None or child._esrch_count == len(_ESRCH_PATIENCE):
+        loop, epoll_set = self._loop(), self._set
+        if loop is None or epoll_set is None or child._esrch_count == len(_ESRCH_PATIENCE):
             logger.debug("no exit info for %r", child, exc_info=error)
             child.settle(child._lost())
             return
-        loop.call_later(_ESRCH_PATIENCE[child._esrch_count], self._readable, child)
+        epoll_set.pause(child.pidfd)
+        loop.call_later(_ESRCH_PATIENCE[child._esrch_count], self.look_at, child)
         child._esrch_count += 1
-
-    def _stop_reading(self, child: Child) -> None:
-        loop = self._loop()
-        edge, child._edge = child._edge, None
-        if loop is not None and not loop.is_closed() and child._owner == os.getpid():
-            loop.remove_reader(child.pidfd if edge is None else edge.fileno)
-        if edge is not None:
-            edge.close()
 
 
 _watchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, ChildWatcher] = (

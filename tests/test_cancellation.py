@@ -32,12 +32,13 @@ from test_detached import died
 from test_groups import KERNEL_SIGNALS_GROUPS
 
 import aioreap
-from aioreap import groups, handover, killing
+from aioreap import feed, groups, handover, killing
 
 pytestmark = pytest.mark.own_backend
 
 PIPES: dict[str, Any] = {"stdin": aioreap.PIPE, "stdout": aioreap.PIPE, "stderr": aioreap.PIPE}
 SOME = b"x" * 300_000  # bytes, more than a pipe and the buffers of the streams hold
+MUCH = b"x" * feed.LARGE  # bytes, which are written from where they lie
 
 
 def child(*command: str, **options: Any) -> Callable[[Trial], Awaitable[aioreap.Process]]:
@@ -270,6 +271,7 @@ _OPERATIONS: dict[str, Operation] = {
         lambda trial: end_and(trial.process, trial.process.wait_exit), child("cat")
     ),
     "communicate": Operation(lambda trial: trial.process.communicate(SOME), child("cat")),
+    "communicate-much": Operation(lambda trial: trial.process.communicate(MUCH), child("cat")),
     "read": Operation(lambda trial: out(trial.process).read(3), child("cat")),
     "readline": Operation(lambda trial: out(trial.process).readline(), child("cat")),
     "readexactly": Operation(lambda trial: out(trial.process).readexactly(5), child("cat")),
@@ -313,6 +315,7 @@ _OPERATIONS: dict[str, Operation] = {
     ),
     "lines": Operation(lambda trial: line_after_line(trial.process), child("cat")),
     "run": Operation(run("cat", input=SOME)),
+    "run-much": Operation(run("cat", input=MUCH)),
     "run-missing": Operation(run("/nonexistent"), error=FileNotFoundError),
     "run-timeout": Operation(
         run("sleep", "1000", timeout=0.01), error=aioreap.TimeoutExpired, goes_on=True

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Callable
 
 import pytest
 from program import run_program
+from raw import wait_readable
 from test_loops import FACTORIES
 
 import aioreap
 from aioreap import transport
+from aioreap.watcher import ChildWatcher
 
 Factory = Callable[[], asyncio.AbstractEventLoop]
 
@@ -52,6 +55,20 @@ async def test_a_copy_that_closes_a_transport_kills_nobody_and_the_parent_hears(
     assert process.poll() is None
     assert await process.communicate(b"heard") == (b"heard", None)
     assert process.returncode == 0
+
+
+async def test_a_copy_hears_no_more_of_a_child_that_it_has_let_go() -> None:
+    def let_go() -> None:
+        pidfd = os.dup(process.pidfd)
+        process._transport.close()
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        wait_readable(pidfd)
+        os._exit(5 if epoll_set._epoll.poll(0) == [] else 6)
+
+    process = await aioreap.create_subprocess_exec("sleep", "1000")
+    epoll_set = ChildWatcher.of(asyncio.get_running_loop()).open_set()
+    assert in_a_copy(let_go) == 5
+    assert await process.wait() == -signal.SIGKILL
 
 
 async def test_a_copy_can_spawn_children_of_its_own() -> None:

@@ -148,6 +148,7 @@ async def test_an_empty_group_is_a_missing_process_once_the_exit_is_known() -> N
 
 
 async def test_a_leader_that_leaves_nobody_keeps_no_descriptor() -> None:
+    await (await aioreap.create_subprocess_exec("true")).wait()  # the loop's own comes with it
     before = open_descriptors().keys()
     process = await aioreap.create_subprocess_exec("true", start_new_session=True)
     await process.wait()

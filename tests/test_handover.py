@@ -347,6 +347,7 @@ import aioreap
 from aioreap import handover
 
 async def main():
+    await (await aioreap.create_subprocess_exec("true")).wait()  # the loop's own comes with it
     before = set(os.listdir("/proc/self/fd"))
     (detached,) = handover.from_environment()
     assert not any(map(os.get_inheritable, detached.descriptors))

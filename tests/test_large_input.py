@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import uvloop
+from test_copies import in_a_copy
 
 import aioreap
 from aioreap import feed
@@ -144,6 +145,27 @@ async def test_a_forked_copy_can_drop_it_and_the_rest_is_sent() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         os.write(opener, b"\n")
         assert await process.communicate() == (b"%d\n" % len(DATA), None)
+
+
+def test_a_copy_that_goes_on_with_the_loop_writes_nothing_of_it() -> None:
+    loop = asyncio.SelectorEventLoop()
+    context = cancelled_communicate()
+    process, opener = loop.run_until_complete(context.__aenter__())
+    pipe = process._transport._pipes[0]
+
+    async def until_it_is_given_up() -> None:
+        while pipe.unsent:
+            await asyncio.sleep(0)
+
+    def go_on() -> None:
+        os.write(opener, b"\n")
+        loop.run_until_complete(until_it_is_given_up())
+        os._exit(5)
+
+    assert in_a_copy(go_on) == 5
+    assert loop.run_until_complete(process.communicate()) == (b"%d\n" % len(DATA), None)
+    loop.run_until_complete(context.__aexit__(None, None, None))
+    loop.close()
 
 
 # Another process has stdin, and never reads it.

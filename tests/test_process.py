@@ -215,3 +215,26 @@ async def test_output_that_is_handed_on_at_once_does_not_overtake_what_waits_for
     process._transport._call("pipe_data_received", 1, b"first ")
     process._transport.pipe_data_received(1, b"second ")
     assert await process.communicate(b"third") == (b"first second third", None)
+
+
+@both
+async def test_a_chunk_for_a_stream_waits_for_no_turn_of_the_loop(start: Start) -> None:
+    process = await start("exec cat", stdin=aioreap.PIPE, stdout=aioreap.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    transport = process._transport
+    deferred: list[str] = []
+    call = transport._call
+
+    def noted(name: str, *arguments: object) -> None:
+        deferred.append(name)
+        call(name, *arguments)
+
+    transport._call = noted  # type: ignore[method-assign]
+    process.stdin.write(b"one\n")
+    line = await process.stdout.readline()
+    before = list(deferred)
+    process.kill()
+    await process.wait()
+    assert (line, before) == (b"one\n", [])
+    assert deferred  # by which it is told of the exit

@@ -20,6 +20,7 @@ from conftest import children
 
 import aioreap
 from aioreap import kernel, watcher
+from aioreap.epollset import EpollSet
 from aioreap.watcher import Child, ChildWatcher
 
 
@@ -133,32 +134,17 @@ async def test_readable_is_not_exit_info_ready(late_exit_info: list[int]) -> Non
     assert len(late_exit_info) >= 2  # the kernel may be late itself, before the fixture or after it
 
 
-async def test_no_room_for_the_inner_epoll_loses_no_exit(
+async def test_no_room_to_be_told_of_edges_loses_no_exit(
     monkeypatch: pytest.MonkeyPatch, late_exit_info: list[int]
 ) -> None:
-    def no_epoll(pidfd: int) -> None:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    refused: list[int] = []
 
-    monkeypatch.setattr(watcher, "_EdgeReader", no_epoll)
+    def tell_of_edges(self: EpollSet, descriptor: int) -> None:
+        refused.append(descriptor)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(EpollSet, "tell_of_edges", tell_of_edges)
     process = await create("read line; exit 3")
-    assert (await exit_of(process)).returncode == 3
-
-
-async def test_no_room_for_a_watch_on_it_loses_no_exit(
-    monkeypatch: pytest.MonkeyPatch, late_exit_info: list[int]
-) -> None:
-    process = await create("read line; exit 3")
-    loop = asyncio.get_running_loop()
-    real = loop.add_reader
-    refused: list[Any] = []
-
-    def add_reader(*arguments: Any) -> None:
-        if not refused:
-            refused.append(arguments)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(*arguments)
-
-    monkeypatch.setattr(loop, "add_reader", add_reader)
     assert (await exit_of(process)).returncode == 3
     assert refused
 

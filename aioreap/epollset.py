@@ -1,0 +1,183 @@
+"""One epoll set for all that a loop waits for of its children: their pidfds and exec pipes.
+
+It is the loop's one reader for them. Caveats, each shown by tests/test_epollset.py:
+
+* An epoll set is shared with forked copies of the program: one that removes what
+  it inherits makes the parent deaf. A copy gets a set of its own at the fork.
+* Members are level-triggered, so that an exception in the midst of several, as
+  KeyboardInterrupt, loses none of the others. One that has to be edge-triggered is
+  looked at again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import errno
+import os
+import select
+import time
+import weakref
+from typing import Final, NoReturn, Protocol
+
+__all__ = ["EpollSet", "Member"]
+
+# How many are told in one turn of the loop. Each may wake a task that starts the next program, and
+# what all these take is what a timer of that turn waits for. Where turns are long anyway, one more
+# for each 0.5 ms that the last one took, and so many more at most.
+TOLD_IN_A_TURN: Final = 3
+ONE_MORE_NS: Final = 500_000
+MOST_MORE: Final = 64
+
+_EDGES: Final = select.EPOLLIN | select.EPOLLET
+
+
+class Member(Protocol):
+    """What waits for a descriptor."""
+
+    def ready(self) -> None:
+        """Look at the descriptor: it is readable, or was."""
+
+
+class EpollSet:
+    """Tells its members of what is readable, from the reader of one event loop, which keeps it.
+
+    Attributes:
+        members: by their descriptors.
+
+    Raises:
+        NotImplementedError: the loop has no ``add_reader``.
+        OSError: there is no descriptor for it, or no room for the watch.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.members: dict[int, Member] = {}
+        self._owner = os.getpid()
+        self._edges: set[int] = set()
+        self._is_shared = False
+        # The one too many of the last turn: told first, as it stands last in the kernel's list.
+        self._left: tuple[int, Member | None] | None = None
+        self._told_ns = 0
+        self._epoll = select.epoll()
+        try:
+            # An empty context: that of the task which comes first is not that of all others.
+            contextvars.Context().run(loop.add_reader, self._epoll.fileno(), self._tell)
+        except BaseException:
+            self._epoll.close()
+            raise
+        _sets.add(self)
+
+    def add(self, descriptor: int, member: Member) -> None:
+        """Have `member` told whenever `descriptor` is readable.
+
+        Raises:
+            OSError: there is no room for the watch (ENOSPC, ENOMEM).
+        """
+        if self._is_shared:
+            self._refuse()
+        self._epoll.register(descriptor, select.EPOLLIN)
+        self.members[descriptor] = member
+
+    def _refuse(self) -> NoReturn:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def remove(self, descriptor: int) -> None:
+        """Forget the member; the descriptor can be closed after this."""
+        if descriptor in self.members:
+            del self.members[descriptor]
+            self.pause(descriptor)
+
+    def pause(self, descriptor: int) -> None:
+        """Keep the member, and tell it nothing."""
+        if self._edges:
+            self._edges.discard(descriptor)
+        if self._left is not None and self._left[0] == descriptor:
+            self._left = None
+        if self._is_shared:
+            return
+        try:  # noqa: SIM105 - twice for each child, and suppress() takes three calls
+            self._epoll.unregister(descriptor)
+        except OSError:  # it is not told of anything now
+            pass
+
+    def tells_of_edges(self, descriptor: int) -> bool:
+        """Whether tell_of_edges() is in force for it."""
+        return descriptor in self._edges
+
+    def tell_of_edges(self, descriptor: int) -> None:
+        """Tell its member once that it is readable, and again only when more happens to it.
+
+        Raises:
+            OSError: as add().
+        """
+        if self._is_shared:
+            self._refuse()
+        try:
+            self._epoll.modify(descriptor, _EDGES)
+        except FileNotFoundError:
+            self._epoll.register(descriptor, _EDGES)
+        self._edges.add(descriptor)
+
+    def notice_copy(self) -> None:
+        """Leave it as it is from here on, if this is a copy that C has forked, and not Python."""
+        if self._owner != os.getpid():
+            self._is_shared = True
+
+    def _tell(self) -> None:
+        if self._is_shared:
+            return
+        members = self.members
+        try:
+            # One of them may remove another, whose number may be used anew.
+            for descriptor, member in self._next():
+                if member is None:
+                    if descriptor not in members:  # add() was interrupted, or the file is held open
+                        self.pause(descriptor)
+                elif members.get(descriptor) is member:
+                    member.ready()
+        except BaseException:
+            for descriptor in list(self._edges):  # whose events may have been among these
+                with contextlib.suppress(OSError):
+                    self.tell_of_edges(descriptor)
+            raise
+
+    def _next(self) -> list[tuple[int, Member | None]]:
+        """Who is to be told in this turn."""
+        members, now, limit = self.members, time.monotonic_ns(), TOLD_IN_A_TURN
+        left, self._left = self._left, None
+        if left is None:
+            asked = limit + 1
+            events = self._epoll.poll(0, asked)
+            ready = [(d, members.get(d)) for d, _ in events]
+        else:  # it is ready, and so the loop has not slept since
+            asked = limit + min((now - self._told_ns) // ONE_MORE_NS, MOST_MORE)
+            events = self._epoll.poll(0, asked)
+            ready = [left, *[(d, members.get(d)) for d, _ in events if d != left[0]]]
+        self._told_ns = now
+        if len(events) == asked and ready[-1][0] not in self._edges:  # else it would not be told
+            self._left = ready.pop()
+        return ready
+
+    def _unshare(self) -> None:
+        self._owner = os.getpid()
+        try:
+            with select.epoll() as own:
+                for descriptor in self.members:
+                    own.register(
+                        descriptor, _EDGES if descriptor in self._edges else select.EPOLLIN
+                    )
+                os.dup2(own.fileno(), self._epoll.fileno(), inheritable=False)
+        except OSError:
+            self._is_shared = True
+
+
+_sets: weakref.WeakSet[EpollSet] = weakref.WeakSet()
+
+
+def _unshare_all() -> None:
+    for epoll_set in list(_sets):
+        epoll_set._unshare()
+
+
+os.register_at_fork(after_in_child=_unshare_all)

@@ -1,0 +1,322 @@
+"""One reader for all children of a loop: nobody is forgotten, in whatever order they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import itertools
+import os
+import select
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import pytest
+from test_copies import in_a_copy
+
+from aioreap import epollset
+from aioreap.epollset import EpollSet
+
+
+class Ear:
+    """A pipe whose read end is a member, and who is told of it."""
+
+    def __init__(self) -> None:
+        self.fd, self._write_end = os.pipe()
+        os.set_blocking(self.fd, False)
+        self.told = 0
+        self.act: Callable[[], object] = self.read
+
+    def ready(self) -> None:
+        self.told += 1
+        self.act()
+
+    def say(self) -> None:
+        os.write(self._write_end, b"x")
+
+    def read(self) -> None:
+        os.read(self.fd, 1)
+
+    def close(self) -> None:
+        os.close(self.fd)
+        os.close(self._write_end)
+
+
+@pytest.fixture
+async def epoll_set() -> AsyncIterator[EpollSet]:
+    loop = asyncio.get_running_loop()
+    made = EpollSet(loop)
+    yield made
+    loop.remove_reader(made._epoll.fileno())
+    made._epoll.close()
+    epollset._sets.discard(made)
+
+
+@pytest.fixture
+def ears(epoll_set: EpollSet) -> Iterator[list[Ear]]:
+    made = [Ear() for _ in range(3 * epollset.TOLD_IN_A_TURN)]
+    for ear in made:
+        epoll_set.add(ear.fd, ear)
+    yield made
+    for ear in made:
+        epoll_set.remove(ear.fd)
+        ear.close()
+
+
+async def turns(count: int = 20) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.any_backend
+async def test_a_member_is_told_as_long_as_there_is_something_to_read(
+    epoll_set: EpollSet, ears: list[Ear]
+) -> None:
+    ear = ears[0]
+    ear.act = int
+    ear.say()
+    await turns()
+    assert ear.told > 1
+    ear.act = ear.read
+    await turns()
+    ear.told = 0
+    await turns()
+    assert ear.told == 0
+    ear.say()
+    epoll_set.remove(ear.fd)
+    await turns()
+    assert ear.told == 0
+
+
+@pytest.mark.any_backend
+async def test_a_turn_of_the_loop_tells_so_many_and_the_next_ones_the_others(
+    ears: list[Ear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(epollset, "ONE_MORE_NS", 10**18)
+    for ear in ears:
+        ear.say()
+    told = [0]
+    while told[-1] < len(ears):
+        await asyncio.sleep(0)
+        told.append(sum(ear.told for ear in ears))
+        assert told[-1] - told[-2] <= epollset.TOLD_IN_A_TURN
+    assert [ear.told for ear in ears] == [1] * len(ears)
+
+
+@pytest.mark.any_backend
+async def test_a_turn_that_follows_a_long_one_tells_more(
+    ears: list[Ear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(epollset, "ONE_MORE_NS", 1)  # any turn is long
+    for ear in ears:
+        ear.say()
+    told = [0]
+    while told[-1] < len(ears):
+        await asyncio.sleep(0)
+        told.append(sum(ear.told for ear in ears))
+    assert [more for more in told if more][:2] == [epollset.TOLD_IN_A_TURN, len(ears)]
+
+
+@pytest.mark.any_backend
+async def test_a_turn_after_a_sleep_tells_no_more(
+    epoll_set: EpollSet, ears: list[Ear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(epollset, "ONE_MORE_NS", 1)
+    for ear in ears[: epollset.TOLD_IN_A_TURN]:
+        ear.say()
+    await turns()
+    for ear in ears:
+        ear.told = 0
+        ear.say()
+    epoll_set._tell()
+    assert sum(ear.told for ear in ears) == epollset.TOLD_IN_A_TURN
+
+
+@pytest.mark.any_backend
+async def test_after_a_sleep_no_more_are_told_for_one_that_was_left_and_removed(
+    epoll_set: EpollSet, ears: list[Ear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove() -> None:
+        for ear in first:
+            epoll_set.remove(ear.fd)
+
+    monkeypatch.setattr(epollset, "ONE_MORE_NS", 1)
+    first, others = ears[: epollset.TOLD_IN_A_TURN + 1], ears[epollset.TOLD_IN_A_TURN + 1 :]
+    for ear in first:
+        ear.act = remove
+        ear.say()
+    await turns()
+    assert sum(ear.told for ear in first) == 1
+    for ear in others:
+        ear.say()
+    epoll_set._tell()
+    assert sum(ear.told for ear in others) == epollset.TOLD_IN_A_TURN
+
+
+@pytest.mark.any_backend
+async def test_turns_tell_more_as_long_as_there_are_more(
+    ears: list[Ear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(epollset, "TOLD_IN_A_TURN", 1)
+    monkeypatch.setattr(epollset, "MOST_MORE", 2)
+    monkeypatch.setattr(epollset, "ONE_MORE_NS", 1)
+    told = [0]
+
+    async def tell() -> None:
+        await asyncio.sleep(0)
+        told.append(sum(ear.told for ear in ears))
+
+    for ear in ears[:2]:
+        ear.say()
+    while told[-1] < 1:
+        await tell()
+    for ear in ears[2:]:  # behind the one that was left
+        ear.say()
+    while told[-1] < len(ears):
+        await tell()
+    in_turns = [now - before for before, now in itertools.pairwise(told) if now > before]
+    assert in_turns[0] == 1
+    assert min(in_turns[1:-1]) > 1
+
+
+@pytest.mark.any_backend
+async def test_nobody_is_passed_over_for_those_that_come_after(
+    ears: list[Ear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(epollset, "ONE_MORE_NS", 10**18)
+    waiting = ears[: 2 * (epollset.TOLD_IN_A_TURN + 1)]
+    for ear in waiting:
+        ear.act = int  # and is ready once more
+        ear.say()
+    await turns(100)
+    told = [ear.told for ear in waiting]
+    assert max(told) - min(told) <= 1
+
+
+@pytest.mark.any_backend
+async def test_what_is_one_too_many_and_told_of_by_edges_is_not_lost(
+    epoll_set: EpollSet, ears: list[Ear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(epollset, "ONE_MORE_NS", 10**18)
+    for ear in ears:
+        epoll_set.tell_of_edges(ear.fd)
+        ear.say()
+    await turns()
+    assert [ear.told for ear in ears] == [1] * len(ears)
+
+
+@pytest.mark.any_backend
+async def test_by_edges_a_member_is_told_once_of_what_it_leaves(
+    epoll_set: EpollSet, ears: list[Ear]
+) -> None:
+    ear = ears[0]
+    ear.act = int
+    epoll_set.tell_of_edges(ear.fd)
+    ear.say()
+    await turns()
+    assert ear.told == 1
+    ear.say()
+    await turns()
+    assert ear.told == 2
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("edges", [False, True])
+async def test_an_interrupted_turn_loses_none_of_the_others(
+    epoll_set: EpollSet, ears: list[Ear], edges: bool
+) -> None:
+    def interrupted() -> None:
+        for other in both:
+            other.act = other.read
+        raise KeyboardInterrupt
+
+    both = ears[:2]
+    for ear in both:
+        ear.act = interrupted
+        if edges:
+            epoll_set.tell_of_edges(ear.fd)
+        ear.say()
+    with pytest.raises(KeyboardInterrupt):
+        epoll_set._tell()
+    assert sum(ear.told for ear in both) == 1
+    await turns()
+    for ear in both:
+        with pytest.raises(BlockingIOError):
+            ear.read()
+
+
+@pytest.mark.any_backend
+async def test_what_is_nobodys_is_not_looked_at_again_and_again(
+    epoll_set: EpollSet, ears: list[Ear]
+) -> None:
+    for ear in ears[:2]:
+        ear.say()
+    del epoll_set.members[ears[0].fd]  # as an interrupted add() leaves it
+    await turns()
+    ready = [descriptor for descriptor, _ in epoll_set._epoll.poll(0)]
+    assert ready == []
+    assert [ear.told for ear in ears[:2]] == [0, 1]
+
+
+@pytest.mark.any_backend
+async def test_who_has_a_number_anew_is_not_told_of_what_it_was(
+    epoll_set: EpollSet, ears: list[Ear]
+) -> None:
+    def replaced() -> None:
+        (other,) = (ear for ear in both if not ear.told)
+        epoll_set.remove(other.fd)
+        os.dup2(newcomer.fd, other.fd)
+        epoll_set.add(other.fd, newcomer)
+
+    both, newcomer = ears[:2], Ear()
+    for ear in both:
+        ear.act = replaced
+        ear.say()
+    epoll_set._tell()
+    assert sum(ear.told for ear in both) == 1
+    assert newcomer.told == 0
+    newcomer.close()
+
+
+@pytest.mark.any_backend
+async def test_a_copy_that_removes_a_member_leaves_the_parents(
+    epoll_set: EpollSet, ears: list[Ear]
+) -> None:
+    in_a_copy(lambda: epoll_set.remove(ears[0].fd))
+    ears[0].say()
+    await turns()
+    assert ears[0].told == 1
+
+
+@pytest.mark.any_backend
+async def test_a_copy_is_told_as_the_parent_is(epoll_set: EpollSet, ears: list[Ear]) -> None:
+    def look() -> None:
+        for _ in range(3):
+            epoll_set._tell()
+        os._exit(10 * ears[0].told + ears[1].told)
+
+    for ear in ears[:2]:
+        ear.act = int
+        ear.say()
+    epoll_set.tell_of_edges(ears[1].fd)
+    assert in_a_copy(look) == 31
+
+
+@pytest.mark.any_backend
+async def test_a_copy_without_descriptors_leaves_the_parents_members_too(
+    epoll_set: EpollSet, ears: list[Ear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def act() -> None:
+        epoll_set.remove(ears[0].fd)
+        try:
+            epoll_set.add(ears[0].fd, ears[0])
+        except OSError as error:
+            os._exit(error.errno or 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(select, "epoll", refused)
+        assert in_a_copy(act) == errno.EMFILE
+    ears[0].say()
+    await turns()
+    assert ears[0].told == 1
