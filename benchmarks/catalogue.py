@@ -13,6 +13,7 @@ __all__ = ["TITLES", "Table", "Workload", "catalogue"]
 TITLES: Final[Mapping[str, str]] = {
     "aioreap": "aioreap",
     "aioreap-uvloop": "aioreap on uvloop",
+    "calls": "its system calls alone",
     "asyncio": "asyncio",
     "uvloop": "uvloop",
     "trio": "trio",
@@ -63,7 +64,18 @@ def catalogue(scale: Scale) -> tuple[Workload, ...]:
     rate = {"rate": f"{scale.output} MiB"}
     return (
         Workload(
-            "spawn", "a", many, _ALL, (Table("spawn and wait, no pipes", "children/s", levels),)
+            "spawn",
+            "a",
+            many,
+            (*_ALL, "calls"),
+            (Table("spawn and wait, no pipes", "children/s", levels),),
+        ),
+        Workload(
+            "spawn_libc",
+            "a",
+            some,
+            ("aioreap", "asyncio", "posix_spawn", "go"),
+            (Table("the same, of a static child with a C library", "children/s", levels),),
         ),
         Workload(
             "capture", "b", many, _ALL, (Table("stdout captured, 64 bytes", "children/s", levels),)
@@ -72,7 +84,7 @@ def catalogue(scale: Scale) -> tuple[Workload, ...]:
             "thread",
             "c",
             some,
-            ("aioreap", "asyncio", "anyio", "threads"),
+            ("aioreap", "asyncio", "anyio", "threads", "calls"),
             (Table("the loop's thread held, per child", "µs", levels),),
         ),
         Workload(

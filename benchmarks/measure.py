@@ -8,13 +8,15 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from benchmarks import output, parents, spawning
-from benchmarks.peers import PEERS
+from benchmarks.calls import CallsPeer
+from benchmarks.peers import PEERS, Peer
 from benchmarks.programs import PROGRAMS, Programs
 from benchmarks.rates import Figures, UnavailableError
 from benchmarks.scale import SCALES, Scale
 
 _WORKLOADS: Final[dict[str, Callable[[Any, Programs, Scale], Figures]]] = {
     "spawn": spawning.spawn,
+    "spawn_libc": spawning.spawn_libc,
     "capture": spawning.capture,
     "thread": spawning.thread,
     "lag": spawning.lag,
@@ -27,6 +29,7 @@ _WORKLOADS: Final[dict[str, Callable[[Any, Programs, Scale], Figures]]] = {
     "lines": output.lines,
     "descriptors": parents.descriptors,
 }
+_PEERS: Final[dict[str, Callable[[], Peer]]] = {**PEERS, "calls": CallsPeer}
 
 
 def main(peer: str, workload: str, scale: str) -> None:
@@ -35,7 +38,7 @@ def main(peer: str, workload: str, scale: str) -> None:
         if peer == "read":
             found = output.read(PROGRAMS, SCALES[scale])
         else:
-            found = _WORKLOADS[workload](PEERS[peer](), PROGRAMS, SCALES[scale])
+            found = _WORKLOADS[workload](_PEERS[peer](), PROGRAMS, SCALES[scale])
     except UnavailableError as error:
         print(json.dumps({"unavailable": str(error)}))
     else:

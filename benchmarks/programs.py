@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["PROGRAMS", "Programs", "build", "build_peers"]
+__all__ = ["LINE", "PROGRAMS", "Programs", "build", "build_peers"]
+
+LINE: Final = 64  # bytes
 
 _SOURCES: Final = Path(__file__).parent
 _BUILD: Final = _SOURCES.parent / "build" / "bench"
@@ -18,9 +20,18 @@ _CHUNK: Final = 2**16  # bytes that a child writes at a time
 
 @dataclass(frozen=True)
 class Programs:
-    """The children, as command lines."""
+    """The children, as command lines.
+
+    Attributes:
+        true: ends at once.
+        line: writes LINE bytes and ends; neither has a C library.
+        libc_true: ends at once, with the C library's start before it.
+        child: all others.
+    """
 
     true: str
+    line: str
+    libc_true: str
     child: str
 
     def writer(self, size: int) -> list[str]:
@@ -42,7 +53,7 @@ class Programs:
         return [self.child, "report"]
 
 
-PROGRAMS: Final = Programs(str(_BUILD / "true"), str(_BUILD / "child"))
+PROGRAMS: Final = Programs(*(str(_BUILD / name) for name in ("true", "line", "libc_true", "child")))
 
 
 def _compile(*arguments: str | Path) -> None:
@@ -53,7 +64,10 @@ def _compile(*arguments: str | Path) -> None:
 def build() -> None:
     """Compile the children, each static: a dynamic linker would be half of what is measured."""
     _BUILD.mkdir(parents=True, exist_ok=True)
-    for name in ("true", "child"):
+    for name, size in (("true", 0), ("line", LINE)):
+        bare = ["-static", "-nostdlib", "-ffreestanding", f"-DBYTES={size}"]
+        _compile(*bare, _SOURCES / "bare.c", "-o", _BUILD / name)
+    for name in ("libc_true", "child"):
         _compile("-static", _SOURCES / f"{name}.c", "-o", _BUILD / name)
 
 

@@ -32,6 +32,12 @@ __import__(sys.argv[1])
 print('{"time": %f}' % ((time.perf_counter() - begin) * 1000))
 """
 
+# By workload, what the peers outside Python do, and their child.
+_OUTSIDE: Final = {
+    "spawn": ("spawn", PROGRAMS.true),
+    "spawn_libc": ("spawn", PROGRAMS.libc_true),
+    "capture": ("capture", PROGRAMS.line),
+}
 # By workload, peer and name of the figure, what each round brought.
 _Rounds = dict[str, dict[str, dict[str, list[float]]]]
 
@@ -81,8 +87,8 @@ class Run:
             module = [sys.executable, "-m", "benchmarks.measure"]
             return [*module, peer, workload.name, self._scale.name]
         levels = ",".join(map(str, self._scale.levels))
-        child = [PROGRAMS.true] if workload.name == "spawn" else PROGRAMS.writer(64)
-        return [*self.outside[peer], workload.name, f"{self._scale.seconds}", levels, *child]
+        mode, child = _OUTSIDE[workload.name]
+        return [*self.outside[peer], mode, f"{self._scale.seconds}", levels, child]
 
 
 def _figures(command: list[str]) -> dict[str, float]:

@@ -17,21 +17,29 @@ from benchmarks.programs import Programs
 from benchmarks.rates import Figures, UnavailableError, rate
 from benchmarks.scale import Scale
 
-__all__ = ["capture", "lag", "slow_exec", "spawn", "thread"]
+__all__ = ["capture", "lag", "slow_exec", "spawn", "spawn_libc", "thread"]
 
 _TICK: Final = 0.001  # seconds
 
 
-def spawn(peer: Peer, programs: Programs, scale: Scale) -> Figures:
-    """Children per second, without pipes."""
-
+def _spawn(peer: Peer, program: str, scale: Scale) -> Figures:
     async def main() -> Figures:
         return {
-            f"{level}": await rate(peer, level, scale.seconds, lambda: peer.spawn(programs.true))
+            f"{level}": await rate(peer, level, scale.seconds, lambda: peer.spawn(program))
             for level in scale.levels
         }
 
     return peer.run(main)
+
+
+def spawn(peer: Peer, programs: Programs, scale: Scale) -> Figures:
+    """Children per second, without pipes."""
+    return _spawn(peer, programs.true, scale)
+
+
+def spawn_libc(peer: Peer, programs: Programs, scale: Scale) -> Figures:
+    """The same, of children with a C library."""
+    return _spawn(peer, programs.libc_true, scale)
 
 
 def capture(peer: Peer, programs: Programs, scale: Scale) -> Figures:
@@ -39,9 +47,7 @@ def capture(peer: Peer, programs: Programs, scale: Scale) -> Figures:
 
     async def main() -> Figures:
         return {
-            f"{level}": await rate(
-                peer, level, scale.seconds, lambda: peer.collect(*programs.writer(64))
-            )
+            f"{level}": await rate(peer, level, scale.seconds, lambda: peer.collect(programs.line))
             for level in scale.levels
         }
 
