@@ -14,8 +14,10 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 /* Module slots by their numbers: the headers of the limited API of 3.11 do not
@@ -28,6 +30,18 @@
 #ifndef F_DUPFD_QUERY /* Linux 6.10 */
 #define F_DUPFD_QUERY 1027
 #endif
+
+#define WAIT_FOR_PIDFD 3 /* P_PIDFD, which older C libraries do not name */
+#define PIDFD_GET_INFO 0xC040FF0BUL /* _IOWR(0xFF, 11, struct pidfd_info), Linux 6.13 */
+#define PIDFD_INFO_CGROUPID (UINT64_C(1) << 2)
+#define PIDFD_INFO_EXIT (UINT64_C(1) << 3) /* Linux 6.15 */
+
+struct pidfd_info { /* PIDFD_INFO_SIZE_VER0 */
+    uint64_t mask, cgroupid;
+    uint32_t ids[11];
+    int32_t exit_code;
+};
+_Static_assert(sizeof(struct pidfd_info) == 64, "what PIDFD_GET_INFO says");
 
 static const char BLOCK_NAME[] = "aioreap._clone.block";
 
@@ -298,6 +312,50 @@ clone_take(PyObject *Py_UNUSED(module), PyObject *block)
 }
 
 static PyObject *
+clone_reap(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    long pidfd = PyLong_AsLong(argument);
+    if (pidfd == -1 && PyErr_Occurred())
+        return NULL;
+    siginfo_t found = {.si_pid = 0};
+    int result;
+    Py_BEGIN_ALLOW_THREADS
+    result = waitid((idtype_t)WAIT_FOR_PIDFD, (id_t)pidfd, &found, WEXITED | WNOHANG);
+    Py_END_ALLOW_THREADS
+    if (result < 0 && errno != EAGAIN) /* that of a pidfd which libuv has made non-blocking */
+        return PyErr_SetFromErrno(PyExc_OSError);
+    if (result < 0 || found.si_pid == 0)
+        return none();
+    if (found.si_code == CLD_EXITED)
+        return PyLong_FromLong((found.si_status & 0xff) << 8);
+    return PyLong_FromLong(found.si_status | (found.si_code == CLD_DUMPED ? 0x80 : 0));
+}
+
+static PyObject *
+clone_exit_info(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    long pidfd = PyLong_AsLong(argument);
+    if (pidfd == -1 && PyErr_Occurred())
+        return NULL;
+    struct pidfd_info info;
+    /* An empty mask says that the task vanished while the kernel was looking: the next answer is
+     * a whole one. */
+    for (int attempt = 0; attempt < 8; attempt++) {
+        memset(&info, 0, sizeof(info));
+        info.mask = PIDFD_INFO_EXIT | PIDFD_INFO_CGROUPID;
+        if (ioctl((int)pidfd, PIDFD_GET_INFO, &info) < 0)
+            return PyErr_SetFromErrno(PyExc_OSError);
+        if (info.mask & PIDFD_INFO_EXIT && info.mask & PIDFD_INFO_CGROUPID)
+            return Py_BuildValue("iK", (int)info.exit_code, (unsigned long long)info.cgroupid);
+        if (info.mask & PIDFD_INFO_EXIT)
+            return Py_BuildValue("iO", (int)info.exit_code, Py_None);
+        if (info.mask != 0)
+            break;
+    }
+    return none();
+}
+
+static PyObject *
 clone_probe(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
     unsigned long long flags;
@@ -394,6 +452,8 @@ static PyMethodDef methods[] = {
     {"outcome", clone_outcome, METH_VARARGS, NULL},
     {"step", clone_step, METH_O, NULL},
     {"take", clone_take, METH_O, NULL},
+    {"reap", clone_reap, METH_O, NULL},
+    {"exit_info", clone_exit_info, METH_O, NULL},
     {"probe", clone_probe, METH_VARARGS, NULL},
     {"environment", clone_environment, METH_NOARGS, NULL},
     {"inherits", clone_inherits, METH_VARARGS, NULL},
@@ -427,6 +487,8 @@ add_constants(PyObject *module)
     ADD(STOP_PROGRAM);
     ADD(SIGNAL_GROUP);
 #undef ADD
+    if (PyModule_AddIntConstant(module, "PIDFD_INFO_EXIT", (long)PIDFD_INFO_EXIT) < 0)
+        return -1;
     return 0;
 }
 

@@ -6,6 +6,7 @@ class Block:
 CAN_SHARE_MEMORY: int
 STOP_PROGRAM: int
 SIGNAL_GROUP: int
+PIDFD_INFO_EXIT: int
 
 STEP_START: int
 STEP_CGROUP: int
@@ -73,6 +74,15 @@ def outcome(block: Block, exited: bool, /) -> tuple[int, int] | None:
 
 def step(block: Block, /) -> int:
     """The step that a child with shared memory is at now."""
+
+def reap(pidfd: int, /) -> int | None:
+    """Reap the child if it has ended: its wait status, or None. Errors are those of waitid()."""
+
+def exit_info(pidfd: int, /) -> tuple[int, int | None] | None:
+    """What PIDFD_GET_INFO says of an end: the wait status and the cgroup's id; None: nothing yet.
+
+    OSError: as that ioctl (ENOTTY or EINVAL before Linux 6.13, ESRCH, EREMOTE).
+    """
 
 def probe(clone_flags: int, legacy_clone: bool, /) -> int:
     """The errno of a clone that cannot succeed: EFAULT if the kernel knows the flags."""

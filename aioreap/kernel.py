@@ -46,13 +46,9 @@ CLONE_PIDFD_AUTOKILL: Final = 1 << 36
 PIDFD_SIGNAL_PROCESS_GROUP: Final = 1 << 2
 SCM_PIDFD: Final = 0x04
 
-PIDFD_GET_INFO: Final = 0xC040FF0B  # _IOWR(0xFF, 11, 64 bytes): PIDFD_INFO_SIZE_VER0
-PIDFD_INFO_CGROUPID: Final = 1 << 2
-PIDFD_INFO_EXIT: Final = 1 << 3
+PIDFD_INFO_EXIT: Final = _clone.PIDFD_INFO_EXIT
 PIDFD_INFO_COREDUMP: Final = 1 << 4
 PIDFD_INFO_SUPPORTED_MASK: Final = 1 << 5
-_PIDFD_INFO: Final = struct.Struct("=QQ44xi")  # mask, cgroupid, ids, exit_code
-_PIDFD_INFO_ASKED: Final = _PIDFD_INFO.pack(PIDFD_INFO_EXIT | PIDFD_INFO_CGROUPID, 0, 0)
 _PIDFD_INFO_VER3: Final = struct.Struct("=Q72xQ")  # mask, ..., supported_mask
 _PIDFD_GET_INFO_VER3: Final = 0xC058FF0B
 
@@ -69,31 +65,15 @@ BackendName = Literal["autoreap", "pidfd", "popen"]
 FORCED: Final = "AIOREAP_BACKEND says so"
 
 
+# What tests put something else in the place of.
+_reap, _exit_info = _clone.reap, _clone.exit_info
+
+
 class ExitStatus(NamedTuple):
     """A wait status, None if nobody knows it any more, and the cgroup it was reached in."""
 
     status: int | None
     cgroup_id: int | None
-
-
-def _pidfd_info(pidfd: int) -> tuple[int, int | None] | None:
-    """The wait status and the cgroup's id."""
-    # An answer with an empty mask means that the task vanished while the
-    # kernel was reading it: the next answer is a whole one.
-    for _ in range(8):
-        info = fcntl.ioctl(pidfd, PIDFD_GET_INFO, _PIDFD_INFO_ASKED)
-        mask, cgroup_id, status = _PIDFD_INFO.unpack(info)
-        if mask & PIDFD_INFO_EXIT:
-            return status, cgroup_id if mask & PIDFD_INFO_CGROUPID else None
-        if mask:
-            return None
-    return None
-
-
-def _wait_status(result: os.waitid_result) -> int:
-    if result.si_code == os.CLD_EXITED:
-        return result.si_status << 8
-    return result.si_status | (0x80 if result.si_code == os.CLD_DUMPED else 0)
 
 
 def is_readable(descriptor: int) -> bool:
@@ -117,21 +97,19 @@ def exit_status(pidfd: int, *, reap: bool) -> ExitStatus | None:
     """
     if reap:
         try:
-            result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
-        except BlockingIOError:  # libuv makes the descriptor non-blocking
-            return None
+            status = _reap(pidfd)
         except ChildProcessError:
             pass  # reaped by somebody else, or this is a forked copy of the parent
         else:
-            if result is None:
+            if status is None:
                 return None
             try:
-                after = _pidfd_info(pidfd)
+                after = _exit_info(pidfd)
             except OSError:
                 after = None
-            return ExitStatus(_wait_status(result), after[1] if after else None)
+            return ExitStatus(status, after[1] if after else None)
     try:
-        info = _pidfd_info(pidfd)
+        info = _exit_info(pidfd)
     except OSError as error:
         if error.errno not in (errno.ENOTTY, errno.EINVAL):
             raise
@@ -241,7 +219,7 @@ def _probe() -> dict[str, Feature]:
     else:
         try:
             features["pidfd_open"] = Feature(True, "yes")
-            features["pidfd_get_info"] = _answer(_errno_of(lambda: _pidfd_info(own)))
+            features["pidfd_get_info"] = _answer(_errno_of(lambda: _exit_info(own)))
             features["exit_info"] = _exit_info_feature(own)
         finally:
             os.close(own)

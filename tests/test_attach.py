@@ -378,7 +378,7 @@ async def test_a_dead_strangers_status_is_lost_when_it_is_reaped_or_before_6_13_
         if attaching.pid_of(pidfd) == attaching.GONE:
             raise OSError(errno.ESRCH, "gone")
 
-    monkeypatch.setattr(kernel, "_pidfd_info", answer)
+    monkeypatch.setattr(kernel, "_exit_info", answer)
     other.end()
     raw.wait_zombie(other.pid)
     attached = await aioreap.attach(other.pid)

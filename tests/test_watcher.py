@@ -168,10 +168,10 @@ async def test_esrch_is_asked_again(monkeypatch: pytest.MonkeyPatch, times: int)
 def _lose_statuses(monkeypatch: pytest.MonkeyPatch, error: int) -> None:
     """As before Linux 6.15, when somebody else has reaped the child."""
 
-    def lost(descriptor: int, request: int, argument: object) -> int:
+    def lost(pidfd: int) -> None:
         raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(kernel.fcntl, "ioctl", lost)
+    monkeypatch.setattr(kernel, "_exit_info", lost)
 
 
 @pytest.mark.parametrize("error", [errno.ENOTTY, errno.ESRCH, errno.EREMOTE])
@@ -193,7 +193,7 @@ async def test_a_status_that_nobody_knows_is_an_error_everywhere(
     _lose_statuses(monkeypatch, error)
     for child in (process._transport.child, transport.child):
         monkeypatch.setattr(child, "_reap", True)
-    monkeypatch.setattr(os, "waitid", _no_child)
+    monkeypatch.setattr(kernel, "_reap", _no_child)
     waiting = asyncio.ensure_future(process.wait())
     communicating = asyncio.ensure_future(process.communicate())
     transport.get_pipe_transport(0).close()
