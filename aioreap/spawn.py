@@ -14,7 +14,6 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 
 from aioreap import _clone, forking, hold, kernel
@@ -22,20 +21,30 @@ from aioreap.options import HasFileno, Options, Stdio, environment, group_id, gr
 from aioreap.surroundings import Surroundings
 
 
-class Spawned(NamedTuple):
-    """A child that was just made."""
+class Spawned:
+    """A child that was just made.
 
-    pid: int
-    pidfd: int
-    reap: bool  # whether it has to be waited for
-    started_ns: int
+    Attributes:
+        reap: whether it has to be waited for.
+        block: None if it has exec'ed already.
+        status: where the init of a tree tells the program's wait status.
+        is_child: else it was made by a process between, and is init's.
+    """
+
+    # What most children have is not stored in each.
     pipe: int = -1
-    block: _clone.Block | None = None  # None: it has exec'ed already
+    block: _clone.Block | None = None
     shares_memory: bool = False
     closes_descriptors: bool = True
     held: hold.Held | None = None
-    status: int = -1  # where the init of a tree tells the program's wait status
-    is_child: bool = True  # else it was made by a process between, and is init's
+    status: int = -1
+    is_child: bool = True
+
+    def __init__(self, pid: int, pidfd: int, started_ns: int, *, reap: bool) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.started_ns = started_ns
+        self.reap = reap
 
     def holds_descriptors(self) -> bool:
         """Whether the child may still hold copies of all descriptors of this process."""
@@ -84,6 +93,65 @@ _PIPE_ENDS: Final = {0: (0, 1), 1: (1, 0), 2: (1, 0)}  # (child's, parent's) of 
 _ENCODING: Final = (sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
 
 
+class _Rung(NamedTuple):
+    """One way to clone, of those that are tried one after the other."""
+
+    legacy: bool  # clone, and not clone3
+    shares_memory: bool
+    autoreap: bool
+    flags: int
+
+    @classmethod
+    def of(
+        cls, backend: kernel.Backend, *, legacy: bool, shares_memory: bool, autoreap: bool
+    ) -> _Rung:
+        flags = kernel.CLONE_PIDFD
+        if shares_memory:
+            flags |= kernel.CLONE_VM
+        if autoreap:
+            flags |= kernel.CLONE_AUTOREAP
+        if not legacy and backend.features["clear_sighand"].available:
+            flags |= kernel.CLONE_CLEAR_SIGHAND
+        return cls(legacy, shares_memory, autoreap, flags)
+
+
+class _Ladder:
+    """The rungs that there are with one backend, each worked out once."""
+
+    def __init__(self, backend: kernel.Backend | None) -> None:
+        self.backend = backend
+        self._rungs: dict[tuple[bool | None, bool], tuple[_Rung, ...]] = {}
+
+    def rungs(self, *, asked: bool | None, shares_memory: bool) -> tuple[_Rung, ...]:
+        """Those of a child with `asked` as its option autoreap."""
+        rungs = self._rungs.get((asked, shares_memory))
+        if rungs is None:
+            rungs = tuple(self._work_out(asked=asked, shares_memory=shares_memory))
+            self._rungs[asked, shares_memory] = rungs
+        return rungs
+
+    def _work_out(self, *, asked: bool | None, shares_memory: bool) -> Iterator[_Rung]:
+        backend = self.backend
+        assert backend is not None
+        if not backend.legacy_clone:
+            autoreap = backend.name == "autoreap" and asked is not False
+            yield _Rung.of(backend, legacy=False, shares_memory=shares_memory, autoreap=autoreap)
+        if not asked and (backend.name, backend.forced) != ("autoreap", True):
+            if shares_memory:
+                yield _Rung.of(backend, legacy=True, shares_memory=True, autoreap=False)
+            yield _Rung.of(backend, legacy=True, shares_memory=False, autoreap=False)
+
+
+_ladder = _Ladder(None)
+
+
+def _ladder_of(backend: kernel.Backend) -> _Ladder:
+    global _ladder
+    if _ladder.backend is not backend:
+        _ladder = _Ladder(backend)
+    return _ladder
+
+
 def _encode(name: Any) -> bytes:
     return name.encode(*_ENCODING) if type(name) is str else os.fsencode(name)
 
@@ -92,23 +160,24 @@ def _standard_output() -> int:
     return 1 if sys.__stdout__ is None else sys.__stdout__.fileno()
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
 class SpawnPlan:
     """All that a spawn needs, checked and encoded; the owner of its descriptors.
 
     Made by ``SpawnPlan.of``. ``pipes`` are the parent's ends by the child's
     descriptor; all others are closed by close(). ``by_fork`` says that
-    subprocess.Popen makes the child, on the loop's thread and time.
+    subprocess.Popen makes the child, on the loop's thread and time. ``program`` is as the caller
+    named it, for errors.
     """
 
     arguments: list[Any]
-    program: Any  # as the caller named it, for errors
+    program: Any
     options: Options
     argv: tuple[bytes, ...]
     paths: tuple[bytes, ...]
     envp: tuple[bytes, ...] | None
     cwd: bytes | None
     by_fork: bool
+    # What most plans have is not stored in each.
     cwd_descriptor: int = -1
     close_fds: bool = True
     restore_signals: bool = True
@@ -122,12 +191,14 @@ class SpawnPlan:
     cgroup: int = -1
     autokill: bool | Literal["tree"] = False
     detached: bool = False
-    descriptors: list[tuple[int, int]] = field(default_factory=list)
-    pipes: dict[int, int] = field(default_factory=dict)
-    _own: list[int] = field(default_factory=list)
+    descriptors: tuple[tuple[int, int], ...] = ()
+    _own: tuple[int, ...] = ()
     _null: int = -1
     _hold: hold.Hold = hold.NOT_HELD
     _surroundings: Surroundings | None = None
+
+    def __init__(self) -> None:
+        self.pipes: dict[int, int] = {}
 
     @classmethod
     def of(
@@ -149,8 +220,6 @@ class SpawnPlan:
         if options and (unknown := options.keys() - Options.__annotations__.keys()):
             raise TypeError(f"got an unexpected keyword argument {min(unknown)!r}")
         plan = cls._encode(command, options, shell=shell)
-        if b"\0" in b"".join((*plan.argv, *(plan.envp or ()), plan.cwd or b"")):
-            raise ValueError("embedded null byte")
         if options:
             plan._check(options)
         elif stdin is None and stdout is None and stderr is None:
@@ -166,34 +235,29 @@ class SpawnPlan:
 
     @classmethod
     def _encode(cls, command: Sequence[Any], options: Options, *, shell: bool) -> SpawnPlan:
-        arguments = list(command)
-        executable = options.get("executable")
-        if shell:
-            arguments = ["/bin/sh", "-c", *arguments]
-            if executable:
+        arguments = ["/bin/sh", "-c", *command] if shell else list(command)
+        executable = cwd = env = preexec_fn = None
+        if options:
+            executable, preexec_fn = options.get("executable"), options.get("preexec_fn")
+            cwd, env = options.get("cwd"), options.get("env")
+            if shell and executable:
                 arguments[0] = executable
-        program = arguments[0] if executable is None else executable
-        cwd, env = options.get("cwd"), options.get("env")
-        by_fork = options.get("preexec_fn") is not None or kernel.backend().name == "popen"
-        if not by_fork:  # else Popen raises it
-            sys.audit("subprocess.Popen", program, arguments, cwd, env)
+        plan = cls()
+        plan.options, plan.arguments = options, arguments
+        plan.program = arguments[0] if executable is None else executable
+        plan.by_fork = preexec_fn is not None or kernel.backend().name == "popen"
+        if not plan.by_fork:  # else Popen raises it
+            sys.audit("subprocess.Popen", plan.program, arguments, cwd, env)
 
-        envp = None if env is None else environment(env)
-        path = _encode(program)
+        plan.envp = None if env is None else environment(env)
+        path = _encode(plan.program)
         if b"/" in path:
-            paths: tuple[bytes, ...] = (path,)
+            plan.paths = (path,)
         else:
-            paths = tuple(os.path.join(os.fsencode(d), path) for d in os.get_exec_path(env))  # type: ignore[arg-type]
-        return cls(
-            arguments,
-            program,
-            options,
-            tuple(map(_encode, arguments)),
-            paths,
-            envp,
-            None if cwd is None else os.fsencode(cwd),
-            by_fork,
-        )
+            plan.paths = tuple(os.path.join(os.fsencode(d), path) for d in os.get_exec_path(env))  # type: ignore[arg-type]
+        plan.argv = tuple(map(_encode, arguments))
+        plan.cwd = None if cwd is None else os.fsencode(cwd)
+        return plan
 
     def _check(self, options: Options) -> None:
         if options.get("startupinfo") is not None:
@@ -248,8 +312,10 @@ class SpawnPlan:
                 stdio[target] = stdio[1] if 1 in stdio else _standard_output()
             elif given is not None:
                 stdio[target] = self._open_stdio(target, given)
-        self.descriptors = [(source, target) for target, source in stdio.items()]
-        self.descriptors += [(d, d) for d in passed if d not in stdio]
+        self.descriptors = (
+            *((source, target) for target, source in stdio.items()),
+            *((d, d) for d in passed if d not in stdio),
+        )
 
     def _open_stdio(self, target: int, given: int | HasFileno) -> int:
         if given == subprocess.PIPE:
@@ -261,17 +327,15 @@ class SpawnPlan:
         return max(given if isinstance(given, int) else given.fileno(), _NOT_OPEN)
 
     def _keep(self, descriptor: int) -> int:
-        self._own.append(descriptor)
+        self._own += (descriptor,)
         return descriptor
 
     def _open_pipes(self) -> None:
         """Make the pipes: at the clone, as a spawn that waits for its turn needs none."""
-        if not self.descriptors:
-            return
         wanted = {source for source, _ in self.descriptors if source <= _PIPE_TO_BE}
         size = self.options.get("pipesize", -1)
         made = {source: self._open_pipe(_PIPE_TO_BE - source, size) for source in wanted}
-        self.descriptors = [(made.get(s, s), target) for s, target in self.descriptors]
+        self.descriptors = tuple((made.get(s, s), target) for s, target in self.descriptors)
 
     def _open_pipe(self, target: int, size: int) -> int:
         ends = os.pipe()
@@ -299,12 +363,12 @@ class SpawnPlan:
         for source, _ in self.descriptors:
             if source >= 0 and source not in copies and source not in self._own:
                 copies[source] = self._keep(fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, 3))
-        self.descriptors = [(copies.get(s, s), target) for s, target in self.descriptors]
         self.cwd_descriptor = self._surroundings.directory
         targets = {target for _, target in self.descriptors}
-        for target, source in self._surroundings.streams.items():
-            if target not in targets:
-                self.descriptors.append((source, target))
+        self.descriptors = (
+            *((copies.get(s, s), target) for s, target in self.descriptors),
+            *((s, t) for t, s in self._surroundings.streams.items() if t not in targets),
+        )
         if self.cgroup >= 0 and self.cgroup not in self._own:
             self.cgroup = self._keep(fcntl.fcntl(self.cgroup, fcntl.F_DUPFD_CLOEXEC, 3))
 
@@ -312,7 +376,9 @@ class SpawnPlan:
         """Close the child's ends and all else that only the clone needs."""
         self._surroundings = None
         while self._own:
-            os.close(self._own.pop())
+            *others, descriptor = self._own
+            self._own = tuple(others)
+            os.close(descriptor)
 
     def close_pipes(self) -> None:
         """Close the parent's ends that nobody has taken."""
@@ -338,6 +404,8 @@ class SpawnPlan:
         A change of uid or gid would clear this process's dumpable flag for good,
         and in another cgroup an OOM kill would take all that share the memory.
         """
+        if not self.options:
+            return bool(_clone.CAN_SHARE_MEMORY)
         changes_credentials = self.uid >= 0 or self.gid >= 0 or self.groups is not None
         copies = changes_credentials or self.cgroup >= 0 or self.autokill == "tree"
         return bool(_clone.CAN_SHARE_MEMORY) and not copies
@@ -349,29 +417,28 @@ class SpawnPlan:
             OSError: there is no child, as the clone failed (EAGAIN, ENOMEM, EMFILE)
                 or the kernel lacks what was asked for (ENOSYS).
         """
-        self._open_pipes()
+        if self.descriptors:
+            self._open_pipes()
         backend = kernel.backend()
-        autoreap = self._wants_autoreap(backend)
-        if self.autokill == "tree":
-            hold.need_a_tree(backend, preexec_fn=self.options.get("preexec_fn") is not None)
+        asked = self._asked_autoreap(backend) if self.options else None
         if self.by_fork:
             return self._fork(backend)
         refused: OSError | None = None
-        for legacy, share, reaped in self._rungs(backend, autoreap=autoreap):
+        rungs = _ladder_of(backend).rungs(asked=asked, shares_memory=self.shares_memory)
+        for rung in rungs:
             if self.autokill:
                 try:
-                    self._hold = self._new_hold(backend, autoreap=reaped)
+                    self._hold = self._new_hold(backend, autoreap=rung.autoreap)
                 except OSError as error:
                     raise refused or error from None
             try:
-                return self._clone(backend, legacy=legacy, share=share, autoreap=reaped)
+                return self._clone(backend, rung)
             except OSError as error:
                 explained = self._hold.explain(error, no_new_privs=self.no_new_privs)
                 lacks = self._hold.lacks_capability(error, no_new_privs=self.no_new_privs)
                 if error.errno not in kernel.REFUSALS or lacks:
                     raise explained from None
                 refused = refused or explained
-        asked = self.options.get("autoreap")
         if refused is not None and (asked or backend.forced):
             why = "autoreap=True" if asked else kernel.FORCED
             message = f"{refused.strerror}: the clone is refused, and nothing else tried, as {why}"
@@ -385,30 +452,21 @@ class SpawnPlan:
         started_ns = time.monotonic_ns()
         _open_plans.discard(self)  # this copy of the program needs its descriptors
         pid, pidfd = forking.spawn(self)
-        return Spawned(*(pid, pidfd, True, started_ns), held=held, is_child=not self.detached)
+        spawned = Spawned(pid, pidfd, started_ns, reap=True)
+        spawned.held, spawned.is_child = held, not self.detached
+        return spawned
 
-    def _wants_autoreap(self, backend: kernel.Backend) -> bool:
+    def _asked_autoreap(self, backend: kernel.Backend) -> bool | None:
+        """The option, if the backend has what was asked for."""
         asked = self.options.get("autoreap")
         if asked and backend.name != "autoreap":
             raise OSError(
                 errno.ENOSYS,
                 f"autoreap=True needs backend autoreap; this is {backend.name}: {backend.reason}",
             )
-        return backend.name == "autoreap" and asked is not False
-
-    def _rungs(
-        self, backend: kernel.Backend, *, autoreap: bool
-    ) -> Iterator[tuple[bool, bool, bool]]:
-        """What to try one after the other, as (legacy clone, shared memory, autoreap)."""
-        if not backend.legacy_clone:
-            yield False, self.shares_memory, autoreap
-        if not self.options.get("autoreap") and (backend.name, backend.forced) != (
-            "autoreap",
-            True,
-        ):
-            if self.shares_memory:
-                yield True, True, False
-            yield True, False, False
+        if self.autokill == "tree":
+            hold.need_a_tree(backend, preexec_fn=self.options.get("preexec_fn") is not None)
+        return asked
 
     def _new_hold(self, backend: kernel.Backend, *, autoreap: bool) -> hold.Hold:
         new = hold.Hold.of(backend, autoreap=autoreap, tree=self.autokill == "tree")
@@ -418,31 +476,22 @@ class SpawnPlan:
 
     def give(self, descriptor: int) -> int:
         """Have close() spare one, which is the caller's from here on."""
-        self._own.remove(descriptor)
+        self._own = tuple(own for own in self._own if own != descriptor)
         return descriptor
 
-    def _clone(
-        self, backend: kernel.Backend, *, legacy: bool, share: bool, autoreap: bool
-    ) -> Spawned:
-        features = backend.features
-        held = self._hold
-        flags = kernel.CLONE_PIDFD | held.clone_flags
-        no_new_privs, cgroup_procs = self.no_new_privs, -1
-        through_middle = self.detached and not autoreap
-        if share:
-            flags |= kernel.CLONE_VM
-        if autoreap:
-            flags |= kernel.CLONE_AUTOREAP
-            if no_new_privs:
+    def _clone(self, backend: kernel.Backend, rung: _Rung) -> Spawned:
+        held, flags = self._hold, rung.flags
+        no_new_privs, cgroup_procs, through_middle = False, -1, False
+        if self.options:
+            flags |= held.clone_flags
+            no_new_privs = self.no_new_privs and not rung.autoreap
+            if self.no_new_privs and rung.autoreap:
                 flags |= kernel.CLONE_NNP
-                no_new_privs = False
-        if not legacy and features["clear_sighand"].available:
-            flags |= kernel.CLONE_CLEAR_SIGHAND
-        if self.cgroup >= 0:
-            if not legacy and features["into_cgroup"].available:
+            if self.cgroup >= 0 and backend.features["into_cgroup"].available and not rung.legacy:
                 flags |= kernel.CLONE_INTO_CGROUP
-            else:
+            elif self.cgroup >= 0:
                 cgroup_procs = self.open_cgroup_procs()
+            through_middle = self.detached and not rung.autoreap
         started_ns = time.monotonic_ns()
         with _fork_lock:
             pid, pidfd, pipe, block = _clone.spawn(
@@ -451,7 +500,7 @@ class SpawnPlan:
                 self.envp,
                 self.cwd,
                 self.cwd_descriptor,
-                tuple(self.descriptors),
+                self.descriptors,
                 self.close_fds,
                 self.restore_signals,
                 self.new_session,
@@ -462,8 +511,8 @@ class SpawnPlan:
                 self.gid,
                 self.groups,
                 flags,
-                0 if autoreap else signal.SIGCHLD,
-                legacy,
+                0 if rung.autoreap else signal.SIGCHLD,
+                rung.legacy,
                 self.cgroup,
                 cgroup_procs,
                 held.held == "pdeathsig",
@@ -472,10 +521,11 @@ class SpawnPlan:
                 held.parent,
                 through_middle,
             )
-        spawned = Spawned(
-            *(pid, pidfd, not autoreap, started_ns, pipe, block, share, self.close_fds),
-            *(held.held, held.status, not through_middle),
-        )
+        spawned = Spawned(pid, pidfd, started_ns, reap=not rung.autoreap)
+        spawned.pipe, spawned.block, spawned.shares_memory = pipe, block, rung.shares_memory
+        if self.options:
+            spawned.closes_descriptors, spawned.is_child = self.close_fds, not through_middle
+            spawned.held, spawned.status = held.held, held.status
         in_flight.add(spawned)
         return spawned
 
