@@ -39,6 +39,9 @@ class Member(Protocol):
     def ready(self) -> None:
         """Look at the descriptor: it is readable, or was."""
 
+    def left(self) -> None:
+        """Nobody is told of the descriptor any more: the set is gone."""
+
 
 class EpollSet:
     """Tells its members of what is readable, from the reader of one event loop, which keeps it.
@@ -67,6 +70,10 @@ class EpollSet:
             self._epoll.close()
             raise
         _sets.add(self)
+
+    def __del__(self) -> None:
+        for member in getattr(self, "members", {}).values():
+            member.left()
 
     def add(self, descriptor: int, member: Member) -> None:
         """Have `member` told whenever `descriptor` is readable.

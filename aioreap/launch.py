@@ -9,6 +9,7 @@ timer asks as well while launches are in flight.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import errno
 import os
@@ -96,7 +97,7 @@ class Launch:
         Returns what it was cancelled with meanwhile, as kill_and_wait().
         """
         self._aborted = True
-        self._plan.close()
+        self._end()
         if self.child is None:
             return None
         try:
@@ -107,10 +108,18 @@ class Launch:
     def destroy(self) -> None:
         """Kill the child with no help from a loop."""
         self._aborted = True
-        self._plan.close()
+        self._end()
         if self.child is not None:
             self.child.destroy()
         self._let_go()
+
+    def abandon(self) -> None:
+        """Kill the child, with a ResourceWarning: the loop is about to be closed."""
+        try:
+            if self.child is not None:
+                self.child.abandon()
+        finally:
+            self.destroy()
 
     def clone(self) -> None:
         """Make the child, now. What fails is raised by started()."""
@@ -131,52 +140,59 @@ class Launch:
     def _clone(self) -> None:
         reap_orphans()
         reap_heirs()
-        spawned = self._plan.clone()
+        plan = self._plan
+        spawned = plan.clone()
         made = Child if spawned.is_child else Grandchild
         child = made(
             spawned.pid,
             spawned.pidfd,
             reap=spawned.reap,
             started_ns=spawned.started_ns,
-            leads_group=self._plan.leads_group,
+            leads_group=plan.leads_group,
         )
         if spawned.held is not None:
             child.held = spawned.held
         if spawned.status >= 0:
-            child.status_socket = self._plan.give(spawned.status)
-        if spawned.block is not None:
-            _clone.take(spawned.block)
+            child.status_socket = plan.give(spawned.status)
+        block = spawned.block
+        if block is not None:
+            _clone.take(block)
         self.child, self._spawned, self._pipe = child, spawned, spawned.pipe
-        self._wake()
+        if self._waiter is not None:
+            self._wake()
         try:
-            self._launcher.watcher.watch(child)
-            if spawned.block is not None:
-                self._launcher.watcher.open_set().add(self._pipe, self)
+            epoll_set = self._launcher.watcher.watch(child)
+            if block is not None:
+                epoll_set.add(self._pipe, self)
         except BaseException:
             child.destroy()
             self._let_go()
             raise
-        if spawned.block is None:
+        if block is None:
             self._succeed()
         else:
-            child.add_exit_callback(self._child_exited)
+            child.launch = self
             self._launcher.look_after(self)
 
     def _next_wake(self) -> asyncio.Future[None]:
         self._waiter = self._launcher.loop.create_future()
         return self._waiter
 
-    def _wake(self, _child: Child | None = None) -> None:
+    def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _succeed(self) -> None:
+    def _end(self) -> None:
         self._plan.close()
+        self._launcher.forget(self)
+
+    def _succeed(self) -> None:
+        self._end()
         self._is_over = True
         self._wake()
 
     def _fail(self, error: BaseException) -> None:
-        self._plan.close()
+        self._end()
         self._is_over, self._error = True, error
         self._wake()
 
@@ -186,9 +202,18 @@ class Launch:
         """Look whether the child has exec'ed or failed; True if that is known."""
         return self._examine(exited=False)
 
+    def child_exited(self) -> None:
+        """The child is gone, by its pidfd, and what came of it has not been found yet."""
+        self._examine(exited=True)
+
+    def left(self) -> None:
+        """Nothing: who starts the program destroys it, or forgets it."""
+
     def ready(self) -> None:
         """EOF in the pipe, or a report of a child with memory of its own, which examining takes."""
-        if not self.examine() and self._spawned is not None and self._spawned.shares_memory:
+        if self._examine(exited=False):
+            return
+        if self._spawned is not None and self._spawned.shares_memory:
             self._close_pipe()
             self._ask_early()
 
@@ -203,23 +228,21 @@ class Launch:
         else:
             loop.call_later(min(_EARLY_DELAY * 2**turns, _EARLY_DELAY_LIMIT), self._ask_early)
 
-    def _child_exited(self, _child: Child) -> None:
-        self._examine(exited=True)
-
     def _examine(self, *, exited: bool) -> bool:
-        if self._spawned is None or self._spawned.block is None:
+        spawned, child = self._spawned, self.child
+        if spawned is None or spawned.block is None:
             return True
-        outcome = _clone.outcome(self._spawned.block, exited)
+        outcome = _clone.outcome(spawned.block, exited)
         if outcome is None:
             return False
         self._let_go()
-        assert self.child is not None
-        self.child.discard_exit_callback(self._child_exited)
+        assert child is not None
+        child.launch = None
         step, error = outcome
         if step == _clone.STEP_EXEC and not error:
             self._succeed()
         else:
-            self.child.add_exit_callback(lambda _: self._failed(step, error))
+            child.add_exit_callback(lambda _: self._failed(step, error))
         return True
 
     def _failed(self, step: int, error: int) -> None:
@@ -241,6 +264,7 @@ class Launch:
         """
         if self._aborted:
             return
+        self._launcher.look_after(self)
         if any(other.holds_descriptors() for other in others):
             self._launcher.loop.call_later(_BUSY_DELAY, self._retry, others)
         elif self._retries > 1:
@@ -262,14 +286,17 @@ class Launch:
             os.close(pipe)
 
 
+class _Launches(set[Launch]):
+    """Those of one loop that are not over; kept by a timer of that loop, and by nobody else."""
+
+
 class Launcher:
     """Starts programs for one event loop; ``Launcher.of(loop)`` is the one of that loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.watcher: ChildWatcher = ChildWatcher.of(loop)
         self._loop = weakref.ref(loop)
-        self._in_flight: weakref.WeakSet[Launch] = weakref.WeakSet()
-        self._is_looking = False
+        self._launches: weakref.ref[_Launches] | None = None
         # The calls that wait hold the launches: this must not keep a closed loop alive.
         self._deferred: deque[weakref.ref[Launch]] = deque()
         self._spent_ns = 0
@@ -340,19 +367,34 @@ class Launcher:
                 self.loop.call_soon(self._turn)
 
     def look_after(self, launch: Launch) -> None:
-        """Examine the launch now and then, until its exec."""
-        self._in_flight.add(launch)
-        if not self._is_looking:
-            self._is_looking = True
-            self.loop.call_later(_BACKSTOP, self._look, context=contextvars.Context())
+        """Examine the launch now and then, until forget()."""
+        launches = None if self._launches is None else self._launches()
+        if launches is None:
+            launches = _Launches()
+            self._launches = weakref.ref(launches)
+            empty = contextvars.Context()
+            self.loop.call_later(_BACKSTOP, self._look, launches, context=empty)
+        launches.add(launch)
 
-    def _look(self) -> None:
-        for launch in list(self._in_flight):
-            if launch.examine():
-                self._in_flight.discard(launch)
-        self._is_looking = bool(self._in_flight)
-        if self._is_looking:
-            self.loop.call_later(_BACKSTOP, self._look)
+    def forget(self, launch: Launch) -> None:
+        """The launch is over, or given up."""
+        launches = None if self._launches is None else self._launches()
+        if launches is not None:
+            launches.discard(launch)
+
+    def _look(self, launches: _Launches) -> None:
+        for launch in list(launches):
+            launch.examine()
+        if launches:
+            self.loop.call_later(_BACKSTOP, self._look, launches)
+
+    def abandon_launches(self) -> None:
+        """Kill what is between its clone and its exec, and give up what waits for its turn."""
+        under_way = {*(launch for each in self._deferred if (launch := each()) is not None)}
+        under_way |= (None if self._launches is None else self._launches()) or set()
+        with contextlib.ExitStack() as stack:  # all of them, though a warning may be an exception
+            for launch in under_way:
+                stack.callback(launch.abandon)
 
 
 _launchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Launcher] = (

@@ -154,16 +154,16 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         plan, self._plan = self._plan, None
         assert plan is not None
         try:
-            self._be_known()
-            self._launch = Launcher.of(self._loop).begin(plan)
-            if plan.has_pipes:
-                await self._launch.cloned()
+            has_pipes = plan.has_pipes
+            if has_pipes:
+                self._be_known()
+            self._launch = launch = Launcher.of(self._loop).begin(plan)
+            if has_pipes:
+                await launch.cloned()
                 await self._connect_pipes(plan.pipes)
-            self._child = await self._launch.started()
+            self._child = await launch.started()
             self._child.add_exit_callback(self._child_exited)
             self._announce()
-            if not self._pipes:  # then a loop that is closed has only the child to end
-                _transports[self._loop].discard(self)
         except BaseException as error:
             plan.close_pipes()
             await self._undo(error)
@@ -199,7 +199,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             raise
 
     def _be_known(self) -> None:
-        """Be ended by the loop's end."""
+        """Be ended by the loop's end. (Without pipes there is only the child, or its launch.)"""
         transports = _transports.get(self._loop)
         if transports is None:
             transports = _transports.setdefault(self._loop, weakref.WeakSet())
@@ -682,6 +682,7 @@ def abandon_children(loop: asyncio.AbstractEventLoop) -> None:
     """Kill the children of a loop that is about to be closed: a ResourceWarning for each."""
     with contextlib.ExitStack() as stack:  # all of them, though a warning may be an exception
         stack.callback(ChildWatcher.of(loop).abandon_children)
+        stack.callback(Launcher.of(loop).abandon_launches)
         for transport in list(_transports.get(loop, ())):
             if not transport._finished:
                 stack.callback(transport.abandon)

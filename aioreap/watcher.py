@@ -26,7 +26,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, Protocol
 
 from aioreap import _clone, groups, hold, kernel
 from aioreap.epollset import EpollSet
@@ -86,6 +86,10 @@ def reap_orphans() -> None:
             _orphans.append(pidfd)
 
 
+class _Launch(Protocol):
+    def child_exited(self) -> None: ...
+
+
 class Child:
     """One child, from its clone until its exit info is known.
 
@@ -101,6 +105,7 @@ class Child:
             else -1.
         heir: who reaps it in its place, if it was detached before, and so knows its status.
         is_detached: whether it was given up: all that asks of it is a ValueError then.
+        launch: what hears of its exit before all others, between its clone and its exec.
     """
 
     # Whether it is to end with its loop, and how loudly it is said that its status is lost.
@@ -109,6 +114,7 @@ class Child:
     _lost_level: int = logging.ERROR
     held: hold.Held | None = None
     status_socket: int = -1
+    launch: _Launch | None = None
 
     def __init__(
         self, pid: int, pidfd: int, *, reap: bool, started_ns: int, leads_group: bool = False
@@ -140,6 +146,10 @@ class Child:
         """Its pidfd is readable: ask for its exit info."""
         if self._watcher is not None:
             self._watcher.look_at(self)
+
+    def left(self) -> None:
+        """Its set is gone, as the loop was closed: it is abandoned at the interpreter's end."""
+        _left.add(self)
 
     def abandon(self) -> None:
         """Kill the child if it runs, with a ResourceWarning: its loop is closed, or about to be."""
@@ -300,6 +310,8 @@ class Child:
             self._close(keep_group=self.leads_group and self._keeps_group)
         finally:
             callbacks, self._callbacks = self._callbacks, []
+            if self.launch is not None:
+                self.launch.child_exited()
             for callback in callbacks:
                 callback(self)
 
@@ -399,6 +411,7 @@ class Child:
         if it does not do so itself.
         """
         self._callbacks.clear()
+        self.launch = None
         self.forget_group()
         if self.pidfd < 0:
             return
@@ -443,8 +456,6 @@ class ChildWatcher:
         self._loop = weakref.ref(loop)
         # The loop's reader keeps the set, and with it the children; this would keep the loop.
         self._epoll_set: weakref.ref[EpollSet] | None = None
-        # A loop that is closed has no set any more.
-        self._children: weakref.WeakSet[Child] = weakref.WeakSet()
 
     @classmethod
     def of(cls, loop: asyncio.AbstractEventLoop) -> ChildWatcher:
@@ -466,7 +477,8 @@ class ChildWatcher:
 
     def is_watching(self, pidfd: int) -> bool:
         """Whether a child has this descriptor."""
-        return any(child.pidfd == pidfd for child in self._children)
+        epoll_set = self._set
+        return epoll_set is not None and pidfd in epoll_set.members
 
     def open_set(self) -> EpollSet:
         """The loop's set, made at the first call.
@@ -497,20 +509,22 @@ class ChildWatcher:
         if epoll_set is not None:
             epoll_set.remove(descriptor)
 
-    def watch(self, child: Child) -> None:
+    def watch(self, child: Child) -> EpollSet:
         """Ask for the child's exit info whenever its pidfd is readable, and settle it.
+
+        Returns the set that it is in.
 
         Raises:
             RuntimeError, NotImplementedError, OSError: as open_set(), EpollSet.add().
         """
-        self.open_set().add(child.pidfd, child)
+        epoll_set = self.open_set()
+        epoll_set.add(child.pidfd, child)
         child._watcher = self
-        self._children.add(child)
+        return epoll_set
 
     def forget(self, child: Child) -> None:
         """Stop watching; the pidfd can be closed after this."""
         self.stop_telling(child.pidfd)
-        self._children.discard(child)
 
     def notice_copy(self) -> None:
         """This is a forked copy: take nothing out of a set that is still the parent's."""
@@ -520,9 +534,13 @@ class ChildWatcher:
 
     def abandon_children(self) -> None:
         """Kill the children that are left; for a loop that is about to be closed."""
+        epoll_set = self._set
+        if epoll_set is None:
+            return
         with contextlib.ExitStack() as stack:  # all of them, though a warning may be an exception
-            for child in list(self._children):
-                stack.callback(child.abandon)
+            for child in list(epoll_set.members.values()):
+                if isinstance(child, Child):
+                    stack.callback(child.abandon)
 
     def look_at(self, child: Child) -> None:
         """Ask for its exit info, and settle it, or have it asked again."""
@@ -585,12 +603,15 @@ def _unshare_epoll_sets() -> None:
 os.register_at_fork(after_in_child=_unshare_epoll_sets)
 
 
+# Those of sets that are gone, as their loops were closed.
+_left: weakref.WeakSet[Child] = weakref.WeakSet()
+
+
 def _abandon_children_of_closed_loops() -> None:
     """At the end of the interpreter, which may never free what still holds them."""
     with contextlib.ExitStack() as stack:  # all of them, though a warning may be an exception
-        for loop, watcher in list(_watchers.items()):
-            if loop.is_closed():
-                stack.callback(watcher.abandon_children)
+        for child in list(_left):
+            stack.callback(child.abandon)
 
 
 atexit.register(_abandon_children_of_closed_loops)
