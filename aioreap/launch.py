@@ -16,6 +16,7 @@ import os
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from aioreap import _clone, spawn
@@ -48,18 +49,20 @@ class Launch:
         child: None while the launch waits for its turn.
     """
 
+    # What most launches have is not stored in each.
+    child: Child | None = None
+    _spawned: Spawned | None = None
+    _pipe: int = -1
+    _asked_early: int = 0
+    _retries: int = 0
+    _aborted: bool = False
+    _is_over: bool = False
+    _error: BaseException | None = None
+    _waiter: asyncio.Future[None] | None = None
+
     def __init__(self, launcher: Launcher, plan: SpawnPlan) -> None:
-        self.child: Child | None = None
         self._launcher = launcher
         self._plan = plan
-        self._spawned: Spawned | None = None
-        self._pipe = -1
-        self._asked_early = 0
-        self._retries = 0
-        self._aborted = False
-        self._is_over = False
-        self._error: BaseException | None = None
-        self._waiter: asyncio.Future[None] | None = None
 
     def __del__(self) -> None:
         if self._spawned is not None or not self._is_over:
@@ -82,8 +85,8 @@ class Launch:
         while not self._is_over:
             await self._next_wake()
         # Neither this frame nor the launch may keep what the traceback refers to.
-        error, self._error = self._error, None
-        if error is not None:
+        if self._error is not None:
+            error, self._error = self._error, None
             try:
                 raise error
             finally:
@@ -305,9 +308,14 @@ class Launcher:
     @classmethod
     def of(cls, loop: asyncio.AbstractEventLoop) -> Launcher:
         """The launcher of `loop`, made at the first call."""
+        global _last
+        last = _last()
+        if last is not None and last._loop() is loop:
+            return last
         launcher = _launchers.get(loop)
         if launcher is None:
             launcher = _launchers.setdefault(loop, cls(loop))
+        _last = weakref.ref(launcher)
         return launcher
 
     @property
@@ -400,3 +408,5 @@ class Launcher:
 _launchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Launcher] = (
     weakref.WeakKeyDictionary()
 )
+# The one that was asked for last: in most programs there is no other.
+_last: Callable[[], Launcher | None] = lambda: None  # noqa: E731 - what a dead reference says

@@ -38,9 +38,9 @@ _LIMIT: Final = 2**16  # bytes, as asyncio's
 _ProtocolT = TypeVar("_ProtocolT", bound=asyncio.BaseProtocol)
 
 
-async def _open(
+def _prepare(
     loop: asyncio.AbstractEventLoop,
-    protocol_factory: Callable[[], _ProtocolT],
+    protocol: _ProtocolT,
     command: Sequence[Any],
     *,
     shell: bool,
@@ -48,9 +48,8 @@ async def _open(
     stdout: Stdio,
     stderr: Stdio,
     options: Any,
-) -> tuple[SubprocessTransport, _ProtocolT]:
-    take_binary(options, shell=shell)
-    protocol = protocol_factory()
+) -> SubprocessTransport:
+    """The transport of a child that start() starts."""
     plan = SpawnPlan.of(
         command,
         shell=shell,
@@ -59,10 +58,8 @@ async def _open(
         stderr=stderr,
         options=options,
     )
-    args = command[0] if shell else tuple(command)
-    transport = SubprocessTransport(loop, protocol, plan, args)  # type: ignore[arg-type]
-    await transport.start()
-    return transport, protocol
+    args = command[0] if shell else command
+    return SubprocessTransport(loop, protocol, plan, args)  # type: ignore[arg-type]
 
 
 async def subprocess_exec(
@@ -76,9 +73,11 @@ async def subprocess_exec(
     **options: Any,
 ) -> tuple[SubprocessTransport, _ProtocolT]:
     """``loop.subprocess_exec()`` for any loop with ``add_reader``; `options` as in Options."""
-    return await _open(
+    take_binary(options, shell=False)
+    protocol = protocol_factory()
+    transport = _prepare(
         loop,
-        protocol_factory,
+        protocol,
         (program, *args),
         shell=False,
         stdin=stdin,
@@ -86,6 +85,8 @@ async def subprocess_exec(
         stderr=stderr,
         options=options,
     )
+    await transport.start()
+    return transport, protocol
 
 
 async def subprocess_shell(
@@ -100,9 +101,11 @@ async def subprocess_shell(
 ) -> tuple[SubprocessTransport, _ProtocolT]:
     """``loop.subprocess_shell()`` for any loop with ``add_reader``; `options` as in Options."""
     _check_command(cmd)
-    return await _open(
+    take_binary(options, shell=True)
+    protocol = protocol_factory()
+    transport = _prepare(
         loop,
-        protocol_factory,
+        protocol,
         (cmd,),
         shell=True,
         stdin=stdin,
@@ -110,6 +113,8 @@ async def subprocess_shell(
         stderr=stderr,
         options=options,
     )
+    await transport.start()
+    return transport, protocol
 
 
 class Process(asyncio.subprocess.Process):
@@ -166,6 +171,10 @@ class Process(asyncio.subprocess.Process):
         """
         self._transport.child.poll()
         return self.returncode
+
+    async def wait(self) -> int:
+        """Wait for the child's exit and return ``returncode``, with the errors of wait_exit()."""
+        return (await self._transport.wait_exit()).returncode
 
     async def wait_exit(self) -> ExitInfo:
         """Wait for the child's exit, whoever still holds its pipes.
@@ -343,21 +352,32 @@ def check_limit(limit: int) -> None:
         raise ValueError("Limit cannot be <= 0")
 
 
-async def _create(
-    command: Sequence[Any], *, stdout: Stdio, stderr: Stdio, limit: int, **how: Any
-) -> Process:
+def _prepare_process(
+    command: Sequence[Any],
+    *,
+    shell: bool,
+    stdin: Stdio,
+    stdout: Stdio,
+    stderr: Stdio,
+    limit: int,
+    options: Any,
+) -> tuple[SubprocessTransport, _StreamProtocol, asyncio.AbstractEventLoop]:
     if PIPE in (stdout, stderr):  # as in asyncio: else there is no reader
         check_limit(limit)
+    take_binary(options, shell=shell)
     loop = asyncio.get_running_loop()
-    transport, protocol = await _open(
+    protocol = _StreamProtocol(limit=limit, loop=loop)
+    transport = _prepare(
         loop,
-        lambda: _StreamProtocol(limit=limit, loop=loop),
+        protocol,
         command,
+        shell=shell,
+        stdin=stdin,
         stdout=stdout,
         stderr=stderr,
-        **how,
+        options=options,
     )
-    return Process(transport, protocol, loop)
+    return transport, protocol, loop
 
 
 async def create_subprocess_exec(
@@ -385,7 +405,7 @@ async def create_subprocess_exec(
             zero or less with a pipe to read.
         subprocess.SubprocessError: something killed the child before its exec.
     """
-    return await _create(
+    transport, protocol, loop = _prepare_process(
         (program, *args),
         shell=False,
         stdin=stdin,
@@ -394,6 +414,8 @@ async def create_subprocess_exec(
         limit=limit,
         options=options,
     )
+    await transport.start()
+    return Process(transport, protocol, loop)
 
 
 async def create_subprocess_shell(
@@ -406,7 +428,7 @@ async def create_subprocess_shell(
 ) -> Process:
     """Start a command of /bin/sh, otherwise as create_subprocess_exec()."""
     _check_command(cmd)
-    return await _create(
+    transport, protocol, loop = _prepare_process(
         (cmd,),
         shell=True,
         stdin=stdin,
@@ -415,3 +437,5 @@ async def create_subprocess_shell(
         limit=limit,
         options=options,
     )
+    await transport.start()
+    return Process(transport, protocol, loop)

@@ -90,7 +90,8 @@ _PIPE_ENDS: Final = {0: (0, 1), 1: (1, 0), 2: (1, 0)}  # (child's, parent's) of 
 
 
 # What os.fsencode() does with a string, without the calls that it takes to find that it is one.
-_ENCODING: Final = (sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
+_ENCODING: Final = sys.getfilesystemencoding()
+_ERRORS: Final = sys.getfilesystemencodeerrors()
 
 
 class _Rung(NamedTuple):
@@ -153,7 +154,7 @@ def _ladder_of(backend: kernel.Backend) -> _Ladder:
 
 
 def _encode(name: Any) -> bytes:
-    return name.encode(*_ENCODING) if type(name) is str else os.fsencode(name)
+    return name.encode(_ENCODING, _ERRORS) if type(name) is str else os.fsencode(name)
 
 
 def _standard_output() -> int:
@@ -250,12 +251,12 @@ class SpawnPlan:
             sys.audit("subprocess.Popen", plan.program, arguments, cwd, env)
 
         plan.envp = None if env is None else environment(env)
-        path = _encode(plan.program)
+        plan.argv = tuple([_encode(argument) for argument in arguments])
+        path = plan.argv[0] if executable is None else _encode(executable)
         if b"/" in path:
             plan.paths = (path,)
         else:
             plan.paths = tuple(os.path.join(os.fsencode(d), path) for d in os.get_exec_path(env))  # type: ignore[arg-type]
-        plan.argv = tuple(map(_encode, arguments))
         plan.cwd = None if cwd is None else os.fsencode(cwd)
         return plan
 

@@ -95,6 +95,24 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         ladder: what is under way to the child's end, for all who stop it.
     """
 
+    # What most transports have, or have for most of the time, is not stored in each.
+    ladder: Ladder | None = None
+    _popen: Popen | None = None
+    _launch: Launch | None = None
+    _child: Child | None = None
+    _pipes: dict[int, PipeProtocol] = _NO_PIPES
+    _readers: tuple[OutputReader, ...] = ()
+    _exit_waiters: tuple[asyncio.Future[None], ...] = ()
+    _output_waiters: tuple[asyncio.Future[None], ...] = ()
+    _is_announced: bool = False
+    # What happens before connection_made, to be told after it.
+    _early: tuple[tuple[Any, ...], ...] = ()
+    # That of the call which starts the child, for what the protocol is told in turns.
+    _context: contextvars.Context | None = None
+    _untold: int = 0
+    _closed: bool = False
+    _finished: bool = False
+
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
@@ -104,26 +122,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     ) -> None:
         super().__init__()
         self._loop = loop
-        self.ladder: Ladder | None = None
         self._protocol = protocol
         self._plan: SpawnPlan | None = plan
         self._args = args
-        self._popen: Popen | None = None
-        self._launch: Launch | None = None
-        self._child: Child | None = None
-        # Most of the time there is nothing in these: an empty container for each costs memory.
-        self._pipes: dict[int, PipeProtocol] = _NO_PIPES
-        self._readers: tuple[OutputReader, ...] = ()
-        self._exit_waiters: tuple[asyncio.Future[None], ...] = ()
-        self._output_waiters: tuple[asyncio.Future[None], ...] = ()
-        # What happens before connection_made, to be told after it.
-        self._early: list[tuple[Any, ...]] | None = []
-        # That of the call which starts the child, for what the protocol is told in turns.
-        self._context: contextvars.Context | None = None
-        self._untold = 0
-        self._closed = False
-        self._finished = False
-        self._owner = os.getpid()
 
     def __repr__(self) -> str:
         state = [type(self).__name__]
@@ -199,7 +200,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             raise
 
     def _be_known(self) -> None:
-        """Be ended by the loop's end. (Without pipes there is only the child, or its launch.)"""
+        """Be ended by the loop's end; without pipes there is only the child, or its launch."""
         transports = _transports.get(self._loop)
         if transports is None:
             transports = _transports.setdefault(self._loop, weakref.WeakSet())
@@ -235,20 +236,23 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def _announce(self, then: Callable[[], None] | None = None) -> None:
         """Call connection_made() as the loop calls it, then tell of what came before it."""
-        context = contextvars.copy_context()
-        if not takes_all_at_once(self._protocol):
-            self._context = context.copy()
         try:
-            context.run(self._protocol.connection_made, self)
+            if type(self._protocol) in _TAKE_ALL_AT_ONCE:  # and none of them changes a context
+                self._protocol.connection_made(self)
+            else:
+                self._context = contextvars.copy_context()
+                self._context.copy().run(self._protocol.connection_made, self)
         except Exception as error:  # noqa: BLE001 - for the loop to handle
             self._handle("connection_made", error)
         if self._pipes and self.child.exit_info is None:
             self._readers = adopt(self._protocol)
         if then is not None:
             then()
-        early, self._early = self._early, None
-        for telling in early or ():
-            self._call(*telling)
+        self._is_announced = True
+        if self._early:
+            early, self._early = self._early, ()
+            for telling in early:
+                self._call(*telling)
 
     async def _abort(self) -> asyncio.CancelledError | None:
         """Leave nothing behind; what it was cancelled with meanwhile."""
@@ -300,8 +304,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         )
 
     def _call(self, name: str, *arguments: object) -> None:
-        if self._early is not None:
-            self._early.append((name, *arguments))
+        if not self._is_announced:
+            self._early += ((name, *arguments),)
         elif self._loop.is_closed():
             return
         elif not self._untold and type(self._protocol) in _TAKE_ALL_AT_ONCE:
@@ -342,7 +346,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     def pipe_data_received(self, number: int, data: bytes) -> None:
         if (
             self._untold
-            or self._early is not None
+            or not self._is_announced
             or type(self._protocol) not in _TAKE_OUTPUT_AT_ONCE
         ):
             self._pipes[number].untold.append(data)
@@ -392,7 +396,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     @property
     def is_copy(self) -> bool:
         """Whether this process is a forked copy of the one that started the child."""
-        return self._owner != os.getpid()
+        return self._child is not None and self._child.is_copy
 
     def close_pipe(self, number: int) -> bool:
         """Close one of the pipes, stdin when all is written; whether there is one."""
@@ -527,11 +531,13 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         if self._closed:
             return
         self._closed = True
-        if self._loop.is_closed() or self._owner != os.getpid():
+        child = self._child
+        if child is not None and child.exit_info is not None and not self._pipes:
+            return
+        if self._loop.is_closed() or self.is_copy:
             self.abandon()
             return
         self.close_pipes()
-        child = self._child
         if child is None or child.is_detached or not child.ends_with_loop:
             return
         if child.exit_info is None:
@@ -566,8 +572,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             if self._launch is not None:
                 self._launch.destroy()
         finally:
+            is_copy = child is not None and child.is_copy
             for pipe in self._pipes.values():
-                pipe.abandon(self._loop, is_copy=self._owner != os.getpid())
+                pipe.abandon(self._loop, is_copy=is_copy)
 
     def send_signal(self, signal: int) -> None:
         """Send a signal through the pidfd.

@@ -97,7 +97,7 @@ class Heir(_Unowned):
     @property
     def is_here(self) -> bool:
         """Whether the child is one of this process, which is no forked copy."""
-        return self._owner == os.getpid()
+        return not self.is_copy
 
 
 class Stranger(_Unowned):
@@ -127,7 +127,7 @@ class Grandchild(Child):
         if self.status is None and (self.pidfd < 0 or kernel.is_readable(self.pidfd)):
             with contextlib.suppress(OSError):
                 os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
-            self.status: kernel.ExitStatus | None = self._lost()
+            self.status = self._lost()
         return self.status
 
 

@@ -108,13 +108,21 @@ class Child:
         launch: what hears of its exit before all others, between its clone and its exec.
     """
 
-    # Whether it is to end with its loop, and how loudly it is said that its status is lost.
+    # What most children have, or have for most of the time, is not stored in each. These say
+    # whether it is to end with its loop, and how loudly it is said that its status is lost.
     ends_with_loop: bool = True
     _keeps_group: bool = True
     _lost_level: int = logging.ERROR
     held: hold.Held | None = None
     status_socket: int = -1
     launch: _Launch | None = None
+    status: kernel.ExitStatus | None = None
+    exit_info: ExitInfo | None = None
+    heir: Child | None = None
+    is_detached: bool = False
+    _watcher: ChildWatcher | None = None
+    _group_pidfd: int = -1  # what was the pidfd, while the group outlives its leader
+    _esrch_count: int = 0
 
     def __init__(
         self, pid: int, pidfd: int, *, reap: bool, started_ns: int, leads_group: bool = False
@@ -122,17 +130,10 @@ class Child:
         self.pid = pid
         self.pidfd: int = pidfd
         self.leads_group = leads_group
-        self.status: kernel.ExitStatus | None = None
-        self.exit_info: ExitInfo | None = None
         self.started_ns = started_ns
-        self.heir: Child | None = None
-        self.is_detached: bool = False
         self._reap = reap
         self._owner = os.getpid()
-        self._watcher: ChildWatcher | None = None
         self._callbacks: list[Callable[[Child], object]] = []
-        self._group_pidfd = -1  # what was the pidfd, while the group outlives its leader
-        self._esrch_count = 0
 
     def __repr__(self) -> str:
         state = "running" if self.exit_info is None else "exited"
@@ -141,6 +142,11 @@ class Child:
     def __del__(self) -> None:
         if self.pidfd >= 0 or self._group_pidfd >= 0:
             self.abandon()
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether this process is a forked copy of the one that made the child."""
+        return self._owner != os.getpid()
 
     def ready(self) -> None:
         """Its pidfd is readable: ask for its exit info."""
@@ -153,7 +159,7 @@ class Child:
 
     def abandon(self) -> None:
         """Kill the child if it runs, with a ResourceWarning: its loop is closed, or about to be."""
-        if self.pidfd < 0 or self._owner != os.getpid():
+        if self.pidfd < 0 or self.is_copy:
             self.destroy()
             return
         self.destroy()  # first: the warning may be an exception
@@ -339,7 +345,7 @@ class Child:
             raise ValueError(
                 f"process {self.pid} is held with its tree: nobody else is told how it ends"
             )
-        if self._owner != os.getpid():
+        if self.is_copy:
             raise RuntimeError(f"process {self.pid} is not a child of this forked copy")
 
     def detach(self) -> int:
@@ -415,7 +421,7 @@ class Child:
         self.forget_group()
         if self.pidfd < 0:
             return
-        if self._owner != os.getpid():  # a forked copy: the child is not its own
+        if self.is_copy:  # a forked copy: the child is not its own
             if self._watcher is not None:
                 self._watcher.notice_copy()
             self._close()
