@@ -184,18 +184,20 @@ raise_errno(int error)
 static PyObject *
 clone_spawn(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
-    PyObject *paths, *argv, *envp, *cwd, *descriptors, *groups;
-    int cwd_descriptor, close_fds, restore_signals, new_session, no_new_privs, umask;
-    int process_group, exit_signal, legacy_clone, cgroup, cgroup_procs;
-    int detached = 0, pdeathsig = 0, tree = 0, status = -1, parent = -1;
-    long long uid, gid;
+    PyObject *paths, *argv, *envp, *descriptors, *cwd = Py_None, *groups = Py_None;
     unsigned long long clone_flags;
-    if (!PyArg_ParseTuple(arguments, "O!O!OOiO!pppipiLLOKipii|ppiip:spawn", &PyTuple_Type, &paths,
-                          &PyTuple_Type, &argv, &envp, &cwd, &cwd_descriptor, &PyTuple_Type,
-                          &descriptors, &close_fds, &restore_signals, &new_session,
-                          &process_group, &no_new_privs, &umask, &uid, &gid, &groups,
-                          &clone_flags, &exit_signal, &legacy_clone, &cgroup, &cgroup_procs,
-                          &pdeathsig, &tree, &status, &parent, &detached))
+    int exit_signal, legacy_clone;
+    /* What is not set, and what is for most children. */
+    int cwd_descriptor = -1, process_group = -1, umask = -1, cgroup = -1, cgroup_procs = -1;
+    int status = -1, parent = -1, close_fds = 1, restore_signals = 1, new_session = 0;
+    int no_new_privs = 0, pdeathsig = 0, tree = 0, detached = 0;
+    long long uid = -1, gid = -1;
+    if (!PyArg_ParseTuple(arguments, "O!O!OO!Kip|OipppipiLLOiippiip:spawn", &PyTuple_Type, &paths,
+                          &PyTuple_Type, &argv, &envp, &PyTuple_Type, &descriptors, &clone_flags,
+                          &exit_signal, &legacy_clone, &cwd, &cwd_descriptor, &close_fds,
+                          &restore_signals, &new_session, &process_group, &no_new_privs, &umask,
+                          &uid, &gid, &groups, &cgroup, &cgroup_procs, &pdeathsig, &tree, &status,
+                          &parent, &detached))
         return NULL;
 
     Py_ssize_t size = 0, part;

@@ -19,6 +19,7 @@ import os
 import select
 import time
 import weakref
+from collections.abc import Callable, Iterable
 from typing import Final, NoReturn, Protocol
 
 __all__ = ["EpollSet", "Member"]
@@ -39,23 +40,26 @@ class Member(Protocol):
     def ready(self) -> None:
         """Look at the descriptor: it is readable, or was."""
 
-    def left(self) -> None:
-        """Nobody is told of the descriptor any more: the set is gone."""
-
 
 class EpollSet:
     """Tells its members of what is readable, from the reader of one event loop, which keeps it.
 
     Attributes:
-        members: by their descriptors.
+        members: by their descriptors. Those that it still has when the loop is closed, and lets
+            it go, are given to take_members().
 
     Raises:
         NotImplementedError: the loop has no ``add_reader``.
         OSError: there is no descriptor for it, or no room for the watch.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        take_members: Callable[[Iterable[Member]], object] | None = None,
+    ) -> None:
         self.members: dict[int, Member] = {}
+        self._take_members = take_members
         self._owner = os.getpid()
         self._edges: set[int] = set()
         self._is_shared = False
@@ -72,8 +76,8 @@ class EpollSet:
         _sets.add(self)
 
     def __del__(self) -> None:
-        for member in getattr(self, "members", {}).values():
-            member.left()
+        if self.members and self._take_members is not None:
+            self._take_members(self.members.values())
 
     def add(self, descriptor: int, member: Member) -> None:
         """Have `member` told whenever `descriptor` is readable.
@@ -91,8 +95,7 @@ class EpollSet:
 
     def remove(self, descriptor: int) -> None:
         """Forget the member; the descriptor can be closed after this."""
-        if descriptor in self.members:
-            del self.members[descriptor]
+        if self.members.pop(descriptor, None) is not None:
             self.pause(descriptor)
 
     def pause(self, descriptor: int) -> None:

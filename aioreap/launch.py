@@ -178,12 +178,13 @@ class Launch:
             self._launcher.look_after(self)
 
     def _next_wake(self) -> asyncio.Future[None]:
-        self._waiter = self._launcher.loop.create_future()
+        self._waiter = asyncio.get_running_loop().create_future()
         return self._waiter
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def _end(self) -> None:
         self._plan.close()
@@ -208,9 +209,6 @@ class Launch:
     def child_exited(self) -> None:
         """The child is gone, by its pidfd, and what came of it has not been found yet."""
         self._examine(exited=True)
-
-    def left(self) -> None:
-        """Nothing: who starts the program destroys it, or forgets it."""
 
     def ready(self) -> None:
         """EOF in the pipe, or a report of a child with memory of its own, which examining takes."""

@@ -481,54 +481,60 @@ class SpawnPlan:
         return descriptor
 
     def _clone(self, backend: kernel.Backend, rung: _Rung) -> Spawned:
-        held, flags = self._hold, rung.flags
-        no_new_privs, cgroup_procs, through_middle = False, -1, False
-        if self.options:
-            flags |= held.clone_flags
-            no_new_privs = self.no_new_privs and not rung.autoreap
-            if self.no_new_privs and rung.autoreap:
-                flags |= kernel.CLONE_NNP
-            if self.cgroup >= 0 and backend.features["into_cgroup"].available and not rung.legacy:
-                flags |= kernel.CLONE_INTO_CGROUP
-            elif self.cgroup >= 0:
-                cgroup_procs = self.open_cgroup_procs()
-            through_middle = self.detached and not rung.autoreap
+        flags, autoreap = rung.flags, rung.autoreap
+        more: tuple[Any, ...] = ()
+        if self.options or self._surroundings is not None:
+            flags, more = self._more(backend, rung)
         started_ns = time.monotonic_ns()
         with _fork_lock:
             pid, pidfd, pipe, block = _clone.spawn(
                 self.paths,
                 self.argv,
                 self.envp,
-                self.cwd,
-                self.cwd_descriptor,
                 self.descriptors,
-                self.close_fds,
-                self.restore_signals,
-                self.new_session,
-                self.process_group,
-                no_new_privs,
-                self.umask,
-                self.uid,
-                self.gid,
-                self.groups,
                 flags,
-                0 if rung.autoreap else signal.SIGCHLD,
+                0 if autoreap else signal.SIGCHLD,
                 rung.legacy,
-                self.cgroup,
-                cgroup_procs,
-                held.held == "pdeathsig",
-                held.status >= 0,
-                held.status_there,
-                held.parent,
-                through_middle,
+                *more,
             )
-        spawned = Spawned(pid, pidfd, started_ns, reap=not rung.autoreap)
+        spawned = Spawned(pid, pidfd, started_ns, reap=not autoreap)
         spawned.pipe, spawned.block, spawned.shares_memory = pipe, block, rung.shares_memory
         if self.options:
-            spawned.closes_descriptors, spawned.is_child = self.close_fds, not through_middle
-            spawned.held, spawned.status = held.held, held.status
+            spawned.closes_descriptors = self.close_fds
+            spawned.is_child = autoreap or not self.detached
+            spawned.held, spawned.status = self._hold.held, self._hold.status
         in_flight.add(spawned)
         return spawned
+
+    def _more(self, backend: kernel.Backend, rung: _Rung) -> tuple[int, tuple[Any, ...]]:
+        """The flags, and what else _clone.spawn() is to know of a child that is not as most are."""
+        held, flags, cgroup_procs = self._hold, rung.flags | self._hold.clone_flags, -1
+        if self.no_new_privs and rung.autoreap:
+            flags |= kernel.CLONE_NNP
+        if self.cgroup >= 0 and backend.features["into_cgroup"].available and not rung.legacy:
+            flags |= kernel.CLONE_INTO_CGROUP
+        elif self.cgroup >= 0:
+            cgroup_procs = self.open_cgroup_procs()
+        return flags, (
+            self.cwd,
+            self.cwd_descriptor,
+            self.close_fds,
+            self.restore_signals,
+            self.new_session,
+            self.process_group,
+            self.no_new_privs and not rung.autoreap,
+            self.umask,
+            self.uid,
+            self.gid,
+            self.groups,
+            self.cgroup,
+            cgroup_procs,
+            held.held == "pdeathsig",
+            held.status >= 0,
+            held.status_there,
+            held.parent,
+            self.detached and not rung.autoreap,
+        )
 
     def open_cgroup_procs(self) -> int:
         """cgroup.procs of the cgroup asked for, open for writing until close()."""

@@ -166,11 +166,11 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             self._child.add_exit_callback(self._child_exited)
             self._announce()
         except BaseException as error:
+            plan.close()
             plan.close_pipes()
             await self._undo(error)
             raise
         finally:
-            plan.close()
             self._launch = None
 
     async def attach(
@@ -368,7 +368,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         try:
             self._call("process_exited")
         finally:
-            self._wake_who_waits_for_the_exit()
+            if self._exit_waiters:
+                self._wake_who_waits_for_the_exit()
             self._try_finish()
 
     def _wake_who_waits_for_the_exit(self) -> None:
@@ -378,10 +379,10 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def _try_finish(self) -> None:
         child = self._child
-        is_over = child is not None and (child.is_detached or child.exit_info is not None)
+        is_over = child is not None and (child.exit_info is not None or child.is_detached)
         if not is_over or self._finished:
             return
-        if self.are_pipes_closed:
+        if not self._pipes or self.are_pipes_closed:
             self._finished = True
             self._call("connection_lost", None)
             self._context = None  # what it holds may hold this
@@ -662,7 +663,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """
         child = self.child
         while child.exit_info is None:
-            child.check_kept()
+            if child.is_detached:
+                child.check_kept()
             waiter = self._loop.create_future()
             self._exit_waiters = (*self._exit_waiters, waiter)
             try:

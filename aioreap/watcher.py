@@ -25,11 +25,11 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Protocol
 
 from aioreap import _clone, groups, hold, kernel
-from aioreap.epollset import EpollSet
+from aioreap.epollset import EpollSet, Member
 from aioreap.exitinfo import ExitInfo, ExitStatusLost
 
 __all__ = ["Child", "ChildWatcher"]
@@ -153,10 +153,6 @@ class Child:
         if self._watcher is not None:
             self._watcher.look_at(self)
 
-    def left(self) -> None:
-        """Its set is gone, as the loop was closed: it is abandoned at the interpreter's end."""
-        _left.add(self)
-
     def abandon(self) -> None:
         """Kill the child if it runs, with a ResourceWarning: its loop is closed, or about to be."""
         if self.pidfd < 0 or self.is_copy:
@@ -248,7 +244,8 @@ class Child:
             ValueError: it was detached.
         """
         with _reaping:
-            self.check_kept()
+            if self.is_detached:
+                self.check_kept()
             if self.status is None and self.heir is not None:
                 self.status = self.heir.ask()
             elif self.status is None:
@@ -380,7 +377,8 @@ class Child:
 
         It is kept apart for a group that still has members: nothing else can reach them.
         """
-        self._stop_being_watched()
+        if self._watcher is not None:
+            self._stop_being_watched()
         with _reaping:
             if self.status_socket >= 0:
                 self._close_status_socket()
@@ -407,7 +405,7 @@ class Child:
 
     def _stop_being_watched(self) -> None:
         if self._watcher is not None:
-            self._watcher.forget(self)
+            self._watcher.stop_telling(self.pidfd)
             self._watcher = None  # not before, as an interrupt may come
 
     def destroy(self) -> None:
@@ -498,10 +496,10 @@ class ChildWatcher:
         loop = self._loop()
         if loop is None or loop.is_closed():
             raise RuntimeError("Event loop is closed")
-        epoll_set = self._set
+        epoll_set = None if self._epoll_set is None else self._epoll_set()
         if epoll_set is None:
             try:
-                epoll_set = EpollSet(loop)
+                epoll_set = EpollSet(loop, _remember)
             except NotImplementedError:
                 raise NotImplementedError(
                     f"{loop!r} has no add_reader(), and so cannot watch a child"
@@ -511,7 +509,7 @@ class ChildWatcher:
 
     def stop_telling(self, descriptor: int) -> None:
         """Have nobody told of `descriptor`, which can be closed after this."""
-        epoll_set = self._set
+        epoll_set = None if self._epoll_set is None else self._epoll_set()
         if epoll_set is not None:
             epoll_set.remove(descriptor)
 
@@ -527,10 +525,6 @@ class ChildWatcher:
         epoll_set.add(child.pidfd, child)
         child._watcher = self
         return epoll_set
-
-    def forget(self, child: Child) -> None:
-        """Stop watching; the pidfd can be closed after this."""
-        self.stop_telling(child.pidfd)
 
     def notice_copy(self) -> None:
         """This is a forked copy: take nothing out of a set that is still the parent's."""
@@ -609,8 +603,12 @@ def _unshare_epoll_sets() -> None:
 os.register_at_fork(after_in_child=_unshare_epoll_sets)
 
 
-# Those of sets that are gone, as their loops were closed.
+# Those of loops that were closed.
 _left: weakref.WeakSet[Child] = weakref.WeakSet()
+
+
+def _remember(members: Iterable[Member]) -> None:
+    _left.update(member for member in members if isinstance(member, Child))
 
 
 def _abandon_children_of_closed_loops() -> None:

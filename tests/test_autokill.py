@@ -379,10 +379,9 @@ def test_a_parent_that_ends_before_the_prctl_is_noticed() -> None:
     async def serve(descriptor: int) -> object:
         flags = kernel.CLONE_PIDFD | kernel.CLONE_VM
         script = (b"sh", b"-c", b"echo started; exec sleep 1000")
-        ids = (-1, -1, None)
+        options = (None, -1, True, True, False, -1, False, -1, -1, -1, None, -1, gatekeeper, True)
         found = _clone.spawn(
-            *((b"/bin/sh",), script, (), None, -1, ((write_end, 1),), True, True, False, -1, False),
-            *(-1, *ids, flags, signal.SIGCHLD, False, -1, gatekeeper, True),
+            *((b"/bin/sh",), script, (), ((write_end, 1),), flags, signal.SIGCHLD, False, *options)
         )
         _clone.take(found[3])
         tell(descriptor, found[0])

@@ -308,10 +308,10 @@ def test_a_parent_that_ends_before_the_prctl_is_noticed() -> None:
     parent = os.pidfd_open(gone)
     await_end(parent)
     flags = kernel.CLONE_PIDFD | kernel.CLONE_NEWPID
-    command = ((b"/bin/true",), (b"true",), None, None, -1, (), True, True, False, -1, False)
+    command = ((b"/bin/true",), (b"true",), None, (), flags, signal.SIGCHLD, False)
     status = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     pid, pidfd, pipe, block = _clone.spawn(
-        *(*command, -1, -1, -1, None, flags, signal.SIGCHLD, False, -1, -1),
+        *(*command, None, -1, True, True, False, -1, False, -1, -1, -1, None, -1, -1),
         *(True, True, status, parent),
     )
     _clone.take(block)

@@ -273,7 +273,7 @@ class Refusing:
         self._real = _clone.spawn
 
     def __call__(self, *arguments: Any) -> tuple[int, int, int, _clone.Block]:
-        flags, legacy = arguments[15], arguments[17]
+        flags, legacy = arguments[4], arguments[6]
         memory = "sharing" if flags & kernel.CLONE_VM else "copying"
         name = f"{'clone' if legacy else 'clone3'} {memory}"
         self.calls.append(name)
