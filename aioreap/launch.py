@@ -27,7 +27,10 @@ from aioreap.watcher import Child, ChildWatcher, reap_orphans
 
 __all__ = ["Launch", "Launcher"]
 
-# What the clones of one turn of the loop may take together, about; the first is never deferred.
+# How many clones there may be in one turn of the loop, and how long all of them may take together,
+# about, if they are more. An EpollSet tells no more in most turns: tasks that start a program
+# whenever one has ended do not have to wait for a turn, for which much has to be kept.
+CLONES_IN_A_TURN = 3
 TURN_BUDGET_NS = 150_000
 # How often launches are looked at although no EOF woke anybody, in seconds.
 _BACKSTOP: Final = 0.05
@@ -300,7 +303,6 @@ class Launcher:
         self._launches: weakref.ref[_Launches] | None = None
         # The calls that wait hold the launches: this must not keep a closed loop alive.
         self._deferred: deque[weakref.ref[Launch]] = deque()
-        self._spent_ns = 0
         self._turn_follows = False
 
     @classmethod
@@ -337,14 +339,13 @@ class Launcher:
         # Nobody would reap what it leaves. The second costs a system call on Python 3.11.
         if not loop.is_running() and asyncio._get_running_loop() is not loop:
             raise RuntimeError(f"{loop!r} is not running")
-        if (self._deferred or self._spent_ns >= TURN_BUDGET_NS) and not plan.by_fork:
+        if (self._deferred or self._is_spent) and not plan.by_fork:
             self._defer(launch, plan)
         else:
             self._clone(launch)
-        # What a turn has spent is forgotten in the next one. Little is let add up instead.
-        if not self._turn_follows and self._spent_ns >= TURN_BUDGET_NS // 4:
+        if not self._turn_follows and self._is_spent:
             self._turn_follows = True
-            loop.call_soon(self._turn, context=contextvars.Context())
+            loop.call_soon(self._begin_turn, context=contextvars.Context())
         return launch
 
     def _defer(self, launch: Launch, plan: SpawnPlan) -> None:
@@ -358,19 +359,26 @@ class Launcher:
     def _clone(self, launch: Launch) -> None:
         begin = time.monotonic_ns()
         launch.clone()
-        self._spent_ns += time.monotonic_ns() - begin
+        turn = self.watcher.turn
+        turn.clones += 1
+        turn.cloning_ns += time.monotonic_ns() - begin
 
-    def _turn(self) -> None:
-        self._spent_ns = 0
+    @property
+    def _is_spent(self) -> bool:
+        turn = self.watcher.turn
+        return turn.clones >= CLONES_IN_A_TURN and turn.cloning_ns >= TURN_BUDGET_NS
+
+    def _begin_turn(self) -> None:
+        self.watcher.turn.forget()
         try:
-            while self._deferred and self._spent_ns < TURN_BUDGET_NS:
+            while self._deferred and not self._is_spent:
                 launch = self._deferred.popleft()()
                 if launch is not None:
                     self._clone(launch)
         finally:  # KeyboardInterrupt too: those behind it still have their turn
-            self._turn_follows = bool(self._deferred) or self._spent_ns > 0
+            self._turn_follows = bool(self._deferred) or self._is_spent
             if self._turn_follows:
-                self.loop.call_soon(self._turn)
+                self.loop.call_soon(self._begin_turn)
 
     def look_after(self, launch: Launch) -> None:
         """Examine the launch now and then, until forget()."""

@@ -164,10 +164,10 @@ def _standard_output() -> int:
 class SpawnPlan:
     """All that a spawn needs, checked and encoded; the owner of its descriptors.
 
-    Made by ``SpawnPlan.of``. ``pipes`` are the parent's ends by the child's
-    descriptor; all others are closed by close(). ``by_fork`` says that
-    subprocess.Popen makes the child, on the loop's thread and time. ``program`` is as the caller
-    named it, for errors.
+    Made by ``SpawnPlan.of``. ``pipes`` are the parent's ends by the child's descriptor,
+    from the clone on, if it wants any; all others are closed by close(). ``by_fork`` says that
+    subprocess.Popen makes the child, on the loop's thread and time. ``program`` is as the
+    caller named it, for errors.
     """
 
     arguments: list[Any]
@@ -193,6 +193,7 @@ class SpawnPlan:
     autokill: bool | Literal["tree"] = False
     detached: bool = False
     descriptors: tuple[tuple[int, int], ...] = ()
+    wants_pipes: bool = False
     _own: tuple[int, ...] = ()
     _null: int = -1
     _hold: hold.Hold = hold.NOT_HELD
@@ -320,6 +321,7 @@ class SpawnPlan:
 
     def _open_stdio(self, target: int, given: int | HasFileno) -> int:
         if given == subprocess.PIPE:
+            self.wants_pipes = True
             return _PIPE_TO_BE - target
         if given == subprocess.DEVNULL:
             if self._null < 0:
@@ -387,13 +389,6 @@ class SpawnPlan:
             os.close(self.pipes.popitem()[1])
 
     @property
-    def has_pipes(self) -> bool:
-        """Whether the parent has ends of pipes, or will from the clone on."""
-        if not self.descriptors:
-            return False
-        return bool(self.pipes) or any(source <= _PIPE_TO_BE for source, _ in self.descriptors)
-
-    @property
     def leads_group(self) -> bool:
         """Whether the child becomes the leader of a process group of its own."""
         return self.new_session or self.process_group == 0
@@ -418,7 +413,7 @@ class SpawnPlan:
             OSError: there is no child, as the clone failed (EAGAIN, ENOMEM, EMFILE)
                 or the kernel lacks what was asked for (ENOSYS).
         """
-        if self.descriptors:
+        if self.wants_pipes:
             self._open_pipes()
         backend = kernel.backend()
         asked = self._asked_autoreap(backend) if self.options else None

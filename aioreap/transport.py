@@ -155,11 +155,10 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         plan, self._plan = self._plan, None
         assert plan is not None
         try:
-            has_pipes = plan.has_pipes
-            if has_pipes:
+            if plan.wants_pipes:
                 self._be_known()
             self._launch = launch = Launcher.of(self._loop).begin(plan)
-            if has_pipes:
+            if plan.wants_pipes:
                 await launch.cloned()
                 await self._connect_pipes(plan.pipes)
             self._child = await launch.started()

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Protocol
 
 from aioreap import _clone, groups, hold, kernel
-from aioreap.epollset import EpollSet, Member
+from aioreap.epollset import EpollSet, Member, Turn
 from aioreap.exitinfo import ExitInfo, ExitStatusLost
 
 __all__ = ["Child", "ChildWatcher"]
@@ -457,6 +457,7 @@ class ChildWatcher:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.turn: Turn = Turn()
         self._loop = weakref.ref(loop)
         # The loop's reader keeps the set, and with it the children; this would keep the loop.
         self._epoll_set: weakref.ref[EpollSet] | None = None
@@ -499,7 +500,7 @@ class ChildWatcher:
         epoll_set = None if self._epoll_set is None else self._epoll_set()
         if epoll_set is None:
             try:
-                epoll_set = EpollSet(loop, _remember)
+                epoll_set = EpollSet(loop, self.turn, _remember)
             except NotImplementedError:
                 raise NotImplementedError(
                     f"{loop!r} has no add_reader(), and so cannot watch a child"

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ def held(tmp_path: Path) -> Iterator[HeldProgram]:
     program = HeldProgram(tmp_path / "held")
     yield program
     program.close()
+
+
+def one_clone_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "CLONES_IN_A_TURN", 1)
+    monkeypatch.setattr(launch, "TURN_BUDGET_NS", 1)
 
 
 async def turns(count: int) -> None:
@@ -162,10 +168,12 @@ async def test_a_stranger_that_holds_the_exec_pipe_delays_no_exit(
         os.close(end)
 
 
+@pytest.mark.parametrize("clones", [1, launch.CLONES_IN_A_TURN])
 async def test_many_spawns_of_one_turn_are_spread_over_turns(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, clones: int
 ) -> None:
-    monkeypatch.setattr(launch, "TURN_BUDGET_NS", 1)
+    monkeypatch.setattr(launch, "CLONES_IN_A_TURN", clones)
+    monkeypatch.setattr(launch, "TURN_BUDGET_NS", 1)  # which each of them takes
     loop, real = asyncio.get_running_loop(), _clone.spawn
     turn, cloned_in = 0, []
 
@@ -185,14 +193,14 @@ async def test_many_spawns_of_one_turn_are_spread_over_turns(
     spawns = [asyncio.ensure_future(aioreap.create_subprocess_exec("true")) for _ in range(20)]
     processes = await asyncio.gather(*spawns)
     assert cloned_in[0] <= before + 1, "the first of a turn is never deferred"
-    assert len(set(cloned_in)) == 20, "one clone a turn when each takes the whole budget"
+    assert {*Counter(cloned_in).values()} == {clones, 20 % clones or clones}
     assert await asyncio.gather(*(p.wait() for p in processes)) == [0] * 20
 
 
 async def test_what_happens_before_its_turn_does_not_change_a_deferred_spawn(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(launch, "TURN_BUDGET_NS", 1)
+    one_clone_a_turn(monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AIOREAP_SAYS", "then")
     (tmp_path / "sub").mkdir()
@@ -280,7 +288,7 @@ async def test_a_forked_copy_holds_no_pipe_of_a_spawn_in_flight(held: HeldProgra
 async def test_a_deferred_spawn_from_a_negative_descriptor_is_popens_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(launch, "TURN_BUDGET_NS", 1)
+    one_clone_a_turn(monkeypatch)
     process, error = await asyncio.gather(
         aioreap.create_subprocess_exec("true"),
         aioreap.create_subprocess_exec("true", stdin=-7),
@@ -295,7 +303,7 @@ async def test_a_deferred_spawn_from_a_negative_descriptor_is_popens_error(
 async def test_an_interrupted_turn_leaves_the_others_theirs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(launch, "TURN_BUDGET_NS", 1)
+    one_clone_a_turn(monkeypatch)
     launcher = launch.Launcher.of(asyncio.get_running_loop())
     real, count = _clone.spawn, 0
 
@@ -306,7 +314,7 @@ async def test_an_interrupted_turn_leaves_the_others_theirs(
             raise KeyboardInterrupt
         return real(*arguments)  # type: ignore[arg-type]
 
-    def turn(turn: Callable[[], None] = launcher._turn) -> None:
+    def turn(turn: Callable[[], None] = launcher._begin_turn) -> None:
         try:
             turn()
         except KeyboardInterrupt:  # which would end the loop's run here
@@ -314,7 +322,7 @@ async def test_an_interrupted_turn_leaves_the_others_theirs(
 
     interruptions: list[int] = []
     monkeypatch.setattr(_clone, "spawn", interrupted)
-    monkeypatch.setattr(launcher, "_turn", turn)
+    monkeypatch.setattr(launcher, "_begin_turn", turn)
     spawns = [asyncio.ensure_future(aioreap.create_subprocess_exec("true")) for _ in range(4)]
     first, *others = await asyncio.gather(*spawns, return_exceptions=True)
     assert interruptions == [2]
@@ -345,7 +353,7 @@ async def test_where_nothing_can_be_kept_nothing_is_deferred(
     def refused() -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), ".")
 
-    monkeypatch.setattr(launch, "TURN_BUDGET_NS", 1)
+    one_clone_a_turn(monkeypatch)
     monkeypatch.setattr(spawn.Surroundings, "now", refused)
     spawns = [aioreap.create_subprocess_exec("sh", "-c", "exit 3") for _ in range(10)]
     processes = await asyncio.gather(*spawns)

@@ -24,11 +24,11 @@ from typing import Any
 import pytest
 from apart import NOBODY, Factory, as_root, become_an_ordinary_user, on_both_loops, run_apart
 from conftest import _LOOPS, children, open_descriptors
-from test_launch import HeldProgram, turns, until
+from test_launch import HeldProgram, one_clone_a_turn, turns, until
 from test_loops import FACTORIES
 
 import aioreap
-from aioreap import _clone, kernel, launch, spawn
+from aioreap import _clone, kernel, spawn
 from aioreap.epollset import EpollSet
 
 pytestmark = pytest.mark.own_backend
@@ -105,7 +105,7 @@ async def test_emfile_at_each_descriptor_of_a_deferred_spawn_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is kept for a later turn of the loop takes more of them."""
-    monkeypatch.setattr(launch, "TURN_BUDGET_NS", 1)
+    one_clone_a_turn(monkeypatch)
     await expect_that_a_spawn_works()
     before, loop = open_descriptors(), asyncio.get_running_loop()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -527,7 +527,7 @@ def test_a_call_whose_closed_loop_is_forgotten_ends_quietly_wherever_that_begins
 def test_closing_our_loop_leaves_nothing_of_spawns_under_way_that_somebody_keeps(
     make_loop: Factory, held: HeldProgram, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "TURN_BUDGET_NS", 1)
+    one_clone_a_turn(monkeypatch)
     loop = make_loop()
     before = open_descriptors()
     loop.run_until_complete(expect_that_a_spawn_works())
@@ -549,7 +549,7 @@ def test_closing_our_loop_leaves_nothing_of_spawns_under_way_that_somebody_keeps
 def test_closing_any_loop_before_a_deferred_spawn_leaves_nothing(
     factory: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "TURN_BUDGET_NS", 1)
+    one_clone_a_turn(monkeypatch)
 
     async def several() -> None:
         for _ in range(10):
