@@ -42,6 +42,7 @@ _ProtocolT = TypeVar("_ProtocolT", bound=asyncio.SubprocessProtocol)
 _TURNS_TO_CLOSE: Final = 10
 # The longest time that a timer is set to, in seconds: uvloop's cannot take an infinite one.
 LONGEST_TIMER: Final = 1e8
+_ABOUT_PIPES: Final = frozenset({"pipe_data_received", "pipe_connection_lost"})
 _NO_PIPES: Final[dict[int, PipeProtocol]] = {}
 
 # The protocols that may be told in the midst of anything, as nothing but a waiter hears of it: of
@@ -309,7 +310,10 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             return
         elif not self._untold and type(self._protocol) in _TAKE_ALL_AT_ONCE:
             try:
-                self._tell(name, *arguments)
+                if name in _ABOUT_PIPES:
+                    self._tell(name, *arguments)
+                else:
+                    getattr(self._protocol, name)(*arguments)
             except Exception as error:  # noqa: BLE001 - for the loop to handle
                 self._handle(name, error)
         else:
@@ -374,7 +378,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     def _wake_who_waits_for_the_exit(self) -> None:
         waiters, self._exit_waiters = self._exit_waiters, ()
         for waiter in waiters:
-            _set_result(waiter)
+            if not waiter.done():
+                waiter.set_result(None)
 
     def _try_finish(self) -> None:
         child = self._child
@@ -505,7 +510,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         return self._child
 
     def get_pid(self) -> int:
-        return self.child.pid
+        child = self._child
+        return self.child.pid if child is None else child.pid
 
     def get_returncode(self) -> int | None:
         """The exit code, the negated number of a signal, or None while the child runs.
@@ -660,7 +666,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             ExitStatusLost: nobody can know how the child ended.
             ValueError: it was detached, perhaps meanwhile.
         """
-        child = self.child
+        child = self._child or self.child
         while child.exit_info is None:
             if child.is_detached:
                 child.check_kept()

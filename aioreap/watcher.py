@@ -149,9 +149,19 @@ class Child:
         return self._owner != os.getpid()
 
     def ready(self) -> None:
-        """Its pidfd is readable: ask for its exit info."""
-        if self._watcher is not None:
-            self._watcher.look_at(self)
+        """Its pidfd is readable: ask for its exit info, and settle it, or ask again."""
+        watcher = self._watcher
+        if watcher is None or self.pidfd < 0:  # settled meanwhile, by poll() or before a second try
+            return
+        try:
+            status = self.ask()
+        except OSError as error:
+            watcher.ask_later(self, error)
+            return
+        if status is not None:
+            self.settle(status)
+        else:
+            watcher.await_edges(self)
 
     def abandon(self) -> None:
         """Kill the child if it runs, with a ResourceWarning: its loop is closed, or about to be."""
@@ -517,12 +527,14 @@ class ChildWatcher:
     def watch(self, child: Child) -> EpollSet:
         """Ask for the child's exit info whenever its pidfd is readable, and settle it.
 
-        Returns the set that it is in.
+        The loop is not closed. Returns the set that it is in.
 
         Raises:
             RuntimeError, NotImplementedError, OSError: as open_set(), EpollSet.add().
         """
-        epoll_set = self.open_set()
+        epoll_set = None if self._epoll_set is None else self._epoll_set()
+        if epoll_set is None:
+            epoll_set = self.open_set()
         epoll_set.add(child.pidfd, child)
         child._watcher = self
         return epoll_set
@@ -543,21 +555,8 @@ class ChildWatcher:
                 if isinstance(child, Child):
                     stack.callback(child.abandon)
 
-    def look_at(self, child: Child) -> None:
-        """Ask for its exit info, and settle it, or have it asked again."""
-        if child.pidfd < 0:  # settled meanwhile, by poll() or before a second try
-            return
-        try:
-            status = child.ask()
-        except OSError as error:
-            self._ask_later(child, error)
-            return
-        if status is not None:
-            child.settle(status)
-        else:
-            self._await_edges(child)
-
-    def _await_edges(self, child: Child) -> None:
+    def await_edges(self, child: Child) -> None:
+        """It is readable, and has not ended yet: have it told only when more happens."""
         loop, epoll_set = self._loop(), self._set
         if loop is None or epoll_set is None or epoll_set.tells_of_edges(child.pidfd):
             return
@@ -565,16 +564,17 @@ class ChildWatcher:
             epoll_set.tell_of_edges(child.pidfd)
         except OSError:
             epoll_set.pause(child.pidfd)
-            loop.call_later(_EPOLL_RETRY, self.look_at, child)
+            loop.call_later(_EPOLL_RETRY, child.ready)
 
-    def _ask_later(self, child: Child, error: OSError) -> None:
+    def ask_later(self, child: Child, error: OSError) -> None:
+        """The kernel has answered so: have it asked again, or settle what is lost."""
         loop, epoll_set = self._loop(), self._set
         if loop is None or epoll_set is None or child._esrch_count == len(_ESRCH_PATIENCE):
             logger.debug("no exit info for %r", child, exc_info=error)
             child.settle(child._lost())
             return
         epoll_set.pause(child.pidfd)
-        loop.call_later(_ESRCH_PATIENCE[child._esrch_count], self.look_at, child)
+        loop.call_later(_ESRCH_PATIENCE[child._esrch_count], child.ready)
         child._esrch_count += 1
 
 
