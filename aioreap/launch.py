@@ -154,7 +154,7 @@ class Launch:
             spawned.pidfd,
             reap=spawned.reap,
             started_ns=spawned.started_ns,
-            leads_group=plan.leads_group,
+            leads_group=bool(plan.options) and plan.leads_group,
         )
         if spawned.held is not None:
             child.held = spawned.held

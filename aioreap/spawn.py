@@ -86,6 +86,7 @@ os.register_at_fork(after_in_child=_close_plans)
 _PIPE_TO_BE: Final = -10  # less the child's descriptor: a source that is made at the clone
 _NOT_OPEN: Final = -9  # a negative descriptor of the caller: EBADF, from the child
 _LARGEST_INT: Final = 2**31 - 1
+_NO_PIPES: Final[dict[int, int]] = {}
 _PIPE_ENDS: Final = {0: (0, 1), 1: (1, 0), 2: (1, 0)}  # (child's, parent's) of os.pipe()
 
 
@@ -194,13 +195,11 @@ class SpawnPlan:
     detached: bool = False
     descriptors: tuple[tuple[int, int], ...] = ()
     wants_pipes: bool = False
+    pipes: dict[int, int] = _NO_PIPES
     _own: tuple[int, ...] = ()
     _null: int = -1
     _hold: hold.Hold = hold.NOT_HELD
     _surroundings: Surroundings | None = None
-
-    def __init__(self) -> None:
-        self.pipes: dict[int, int] = {}
 
     @classmethod
     def of(
@@ -337,6 +336,7 @@ class SpawnPlan:
         """Make the pipes: at the clone, as a spawn that waits for its turn needs none."""
         wanted = {source for source, _ in self.descriptors if source <= _PIPE_TO_BE}
         size = self.options.get("pipesize", -1)
+        self.pipes = {}
         made = {source: self._open_pipe(_PIPE_TO_BE - source, size) for source in wanted}
         self.descriptors = tuple((made.get(s, s), target) for s, target in self.descriptors)
 
