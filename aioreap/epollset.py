@@ -113,8 +113,15 @@ class EpollSet:
 
     def remove(self, descriptor: int) -> None:
         """Forget the member; the descriptor can be closed after this."""
-        if self.members.pop(descriptor, None) is not None:
+        if self.members.pop(descriptor, None) is None:
+            return
+        if self._edges or self._left is not None or self._is_shared:
             self.pause(descriptor)
+            return
+        try:  # noqa: SIM105 - twice for each child, and suppress() takes three calls
+            self._epoll.unregister(descriptor)
+        except OSError:  # it is not told of anything now
+            pass
 
     def pause(self, descriptor: int) -> None:
         """Keep the member, and tell it nothing."""
@@ -124,10 +131,8 @@ class EpollSet:
             self._left = None
         if self._is_shared:
             return
-        try:  # noqa: SIM105 - twice for each child, and suppress() takes three calls
+        with contextlib.suppress(OSError):  # it is not told of anything now
             self._epoll.unregister(descriptor)
-        except OSError:  # it is not told of anything now
-            pass
 
     def tells_of_edges(self, descriptor: int) -> bool:
         """Whether tell_of_edges() is in force for it."""
@@ -155,8 +160,8 @@ class EpollSet:
     def _tell(self) -> None:
         if self._is_shared:
             return
-        self._turn.forget()
-        members = self.members
+        turn, members = self._turn, self.members
+        turn.clones = turn.cloning_ns = 0
         try:
             # One of them may remove another, whose number may be used anew.
             for descriptor, member in self._next():

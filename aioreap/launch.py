@@ -22,8 +22,8 @@ from typing import Final
 from aioreap import _clone, spawn
 from aioreap.killing import kill_and_wait
 from aioreap.spawn import Spawned, SpawnPlan
-from aioreap.unowned import Grandchild, reap_heirs
-from aioreap.watcher import Child, ChildWatcher, reap_orphans
+from aioreap.unowned import Grandchild, heirs, reap_heirs
+from aioreap.watcher import Child, ChildWatcher, orphans, reap_orphans
 
 __all__ = ["Launch", "Launcher"]
 
@@ -75,7 +75,8 @@ class Launch:
     async def cloned(self) -> None:
         """Wait until there is a child, or the launch has failed; otherwise as started()."""
         while self.child is None and not self._is_over:
-            await self._next_wake()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
 
     async def started(self) -> Child:
         """Wait until the program runs.
@@ -86,7 +87,8 @@ class Launch:
             OSError, subprocess.SubprocessError: as subprocess.Popen; no child is left.
         """
         while not self._is_over:
-            await self._next_wake()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         # Neither this frame nor the launch may keep what the traceback refers to.
         if self._error is not None:
             error, self._error = self._error, None
@@ -144,8 +146,10 @@ class Launch:
             raise
 
     def _clone(self) -> None:
-        reap_orphans()
-        reap_heirs()
+        if orphans:
+            reap_orphans()
+        if heirs:
+            reap_heirs()
         plan = self._plan
         spawned = plan.clone()
         made = Child if spawned.is_child else Grandchild
@@ -180,10 +184,6 @@ class Launch:
             child.launch = self
             self._launcher.look_after(self)
 
-    def _next_wake(self) -> asyncio.Future[None]:
-        self._waiter = asyncio.get_running_loop().create_future()
-        return self._waiter
-
     def _wake(self) -> None:
         waiter = self._waiter
         if waiter is not None and not waiter.done():
@@ -194,13 +194,13 @@ class Launch:
         self._launcher.forget(self)
 
     def _succeed(self) -> None:
-        self._end()
         self._is_over = True
+        self._end()
         self._wake()
 
     def _fail(self, error: BaseException) -> None:
-        self._end()
         self._is_over, self._error = True, error
+        self._end()
         self._wake()
 
     # Between the clone and the exec.
@@ -335,15 +335,19 @@ class Launcher:
             RuntimeError: the loop is closed, or does not run.
         """
         launch = Launch(self, plan)
-        loop = self.loop
-        # Nobody would reap what it leaves. The second costs a system call on Python 3.11.
-        if not loop.is_running() and asyncio._get_running_loop() is not loop:
-            raise RuntimeError(f"{loop!r} is not running")
-        if (self._deferred or self._is_spent) and not plan.by_fork:
+        loop = self._loop()
+        if loop is None or not loop.is_running():
+            loop = self.loop
+            # Nobody would reap what it leaves. This costs a system call on Python 3.11.
+            if asyncio._get_running_loop() is not loop:
+                raise RuntimeError(f"{loop!r} is not running")
+        turn = self.watcher.turn
+        is_full = self._deferred or (turn.clones >= CLONES_IN_A_TURN and self._is_spent)
+        if is_full and not plan.by_fork:
             self._defer(launch, plan)
         else:
             self._clone(launch)
-        if not self._turn_follows and self._is_spent:
+        if turn.clones >= CLONES_IN_A_TURN and not self._turn_follows and self._is_spent:
             self._turn_follows = True
             loop.call_soon(self._begin_turn, context=contextvars.Context())
         return launch

@@ -336,6 +336,12 @@ class _StreamProtocol(asyncio.subprocess.SubprocessStreamProtocol):
     pipe's end the loop's exception handler is told of an InvalidStateError.
     """
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if transport.has_pipes:  # type: ignore[attr-defined]
+            super().connection_made(transport)
+        else:
+            self._transport = transport
+
     def _get_close_waiter(self, stream: asyncio.StreamWriter) -> asyncio.Future[None]:
         waiter: asyncio.Future[None] = super()._get_close_waiter(stream)  # type: ignore[misc]
         return asyncio.shield(waiter)
@@ -364,7 +370,8 @@ def _prepare_process(
 ) -> tuple[SubprocessTransport, _StreamProtocol, asyncio.AbstractEventLoop]:
     if PIPE in (stdout, stderr):  # as in asyncio: else there is no reader
         check_limit(limit)
-    take_binary(options, shell=shell)
+    if options:
+        take_binary(options, shell=shell)
     loop = asyncio.get_running_loop()
     protocol = _StreamProtocol(limit=limit, loop=loop)
     transport = _prepare(

@@ -123,6 +123,9 @@ class _Ladder:
     def __init__(self, backend: kernel.Backend | None) -> None:
         self.backend = backend
         self._rungs: dict[tuple[bool | None, bool], tuple[_Rung, ...]] = {}
+        self.usual: tuple[_Rung, ...] = ()  # those of a child without options
+        if backend is not None:
+            self.usual = self.rungs(asked=None, shares_memory=bool(_clone.CAN_SHARE_MEMORY))
 
     def rungs(self, *, asked: bool | None, shares_memory: bool) -> tuple[_Rung, ...]:
         """Those of a child with `asked` as its option autoreap."""
@@ -152,10 +155,6 @@ def _ladder_of(backend: kernel.Backend) -> _Ladder:
     if _ladder.backend is not backend:
         _ladder = _Ladder(backend)
     return _ladder
-
-
-def _encode(name: Any) -> bytes:
-    return name.encode(_ENCODING, _ERRORS) if type(name) is str else os.fsencode(name)
 
 
 def _standard_output() -> int:
@@ -251,8 +250,10 @@ class SpawnPlan:
             sys.audit("subprocess.Popen", plan.program, arguments, cwd, env)
 
         plan.envp = None if env is None else environment(env)
-        plan.argv = tuple([_encode(argument) for argument in arguments])
-        path = plan.argv[0] if executable is None else _encode(executable)
+        plan.argv = tuple(
+            [a.encode(_ENCODING, _ERRORS) if type(a) is str else os.fsencode(a) for a in arguments]
+        )
+        path = plan.argv[0] if executable is None else os.fsencode(executable)
         if b"/" in path:
             plan.paths = (path,)
         else:
@@ -400,8 +401,6 @@ class SpawnPlan:
         A change of uid or gid would clear this process's dumpable flag for good,
         and in another cgroup an OOM kill would take all that share the memory.
         """
-        if not self.options:
-            return bool(_clone.CAN_SHARE_MEMORY)
         changes_credentials = self.uid >= 0 or self.gid >= 0 or self.groups is not None
         copies = changes_credentials or self.cgroup >= 0 or self.autokill == "tree"
         return bool(_clone.CAN_SHARE_MEMORY) and not copies
@@ -416,11 +415,11 @@ class SpawnPlan:
         if self.wants_pipes:
             self._open_pipes()
         backend = kernel.backend()
-        asked = self._asked_autoreap(backend) if self.options else None
+        ladder = _ladder if _ladder.backend is backend else _ladder_of(backend)
+        rungs = self._rungs(ladder, backend) if self.options else ladder.usual
         if self.by_fork:
             return self._fork(backend)
         refused: OSError | None = None
-        rungs = _ladder_of(backend).rungs(asked=asked, shares_memory=self.shares_memory)
         for rung in rungs:
             if self.autokill:
                 try:
@@ -435,6 +434,7 @@ class SpawnPlan:
                 if error.errno not in kernel.REFUSALS or lacks:
                     raise explained from None
                 refused = refused or explained
+        asked = self.options.get("autoreap")
         if refused is not None and (asked or backend.forced):
             why = "autoreap=True" if asked else kernel.FORCED
             message = f"{refused.strerror}: the clone is refused, and nothing else tried, as {why}"
@@ -452,8 +452,8 @@ class SpawnPlan:
         spawned.held, spawned.is_child = held, not self.detached
         return spawned
 
-    def _asked_autoreap(self, backend: kernel.Backend) -> bool | None:
-        """The option, if the backend has what was asked for."""
+    def _rungs(self, ladder: _Ladder, backend: kernel.Backend) -> tuple[_Rung, ...]:
+        """Those by the options, if the backend has what was asked for."""
         asked = self.options.get("autoreap")
         if asked and backend.name != "autoreap":
             raise OSError(
@@ -462,7 +462,7 @@ class SpawnPlan:
             )
         if self.autokill == "tree":
             hold.need_a_tree(backend, preexec_fn=self.options.get("preexec_fn") is not None)
-        return asked
+        return ladder.rungs(asked=asked, shares_memory=self.shares_memory)
 
     def _new_hold(self, backend: kernel.Backend, *, autoreap: bool) -> hold.Hold:
         new = hold.Hold.of(backend, autoreap=autoreap, tree=self.autokill == "tree")

@@ -19,7 +19,7 @@ from aioreap.watcher import Child, ChildWatcher
 __all__ = ["Grandchild", "Heir", "Stranger", "is_child", "reap_heirs"]
 
 # Until they are reaped. A watcher does not keep its loop alive.
-_heirs: dict[ChildWatcher, set[Heir]] = {}
+heirs: dict[ChildWatcher, set[Heir]] = {}
 
 
 class _Unowned(Child):
@@ -66,8 +66,8 @@ class Heir(_Unowned):
     @classmethod
     def waiting_for(cls, pid: int) -> Heir | None:
         """That of a child that is not reaped yet, so that no other process has its number."""
-        for heirs in list(_heirs.values()):
-            for heir in list(heirs):
+        for of_one_loop in list(heirs.values()):
+            for heir in list(of_one_loop):
                 if heir.pid == pid and heir.status is None:
                     return heir
         return None
@@ -76,14 +76,14 @@ class Heir(_Unowned):
         home.watch(self)
         self._leave_home()
         self._home = home
-        _heirs.setdefault(home, set()).add(self)
+        heirs.setdefault(home, set()).add(self)
 
     def _leave_home(self) -> None:
         home: ChildWatcher | None = getattr(self, "_home", None)
-        if home in _heirs:
-            _heirs[home].discard(self)
-            if not _heirs[home]:
-                del _heirs[home]
+        if home in heirs:
+            heirs[home].discard(self)
+            if not heirs[home]:
+                del heirs[home]
 
     def settle(self, status: kernel.ExitStatus) -> None:
         """As Child.settle(); it is over then."""
@@ -144,17 +144,15 @@ def is_child(pidfd: int) -> bool:
 
 def reap_heirs() -> None:
     """Reap the dead heirs of loops that are closed; done at every spawn."""
-    if not _heirs:
-        return
-    for watcher, heirs in list(_heirs.items()):
+    for watcher, of_one_loop in list(heirs.items()):
         if watcher.is_over:
-            for heir in list(heirs):
+            for heir in list(of_one_loop):
                 heir.poll()
 
 
 def _close_heirs() -> None:
-    while _heirs:
-        for heir in _heirs.popitem()[1]:
+    while heirs:
+        for heir in heirs.popitem()[1]:
             heir._close()
 
 

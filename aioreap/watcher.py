@@ -58,12 +58,12 @@ def _renew_lock() -> None:
 os.register_at_fork(after_in_child=_renew_lock)
 
 # The pidfds of children that were killed without a loop and had not died yet.
-_orphans: list[int] = []
+orphans: list[int] = []
 
 
 def _close_orphans() -> None:
-    while _orphans:
-        os.close(_orphans.pop())
+    while orphans:
+        os.close(orphans.pop())
 
 
 os.register_at_fork(after_in_child=_close_orphans)
@@ -71,9 +71,9 @@ os.register_at_fork(after_in_child=_close_orphans)
 
 def reap_orphans() -> None:
     """Reap what destroy() had to leave; done at every spawn."""
-    for _ in range(len(_orphans)):
+    for _ in range(len(orphans)):
         try:
-            pidfd = _orphans.pop(0)
+            pidfd = orphans.pop(0)
         except IndexError:  # another thread is at it
             return
         try:
@@ -83,7 +83,7 @@ def reap_orphans() -> None:
         if dead:
             os.close(pidfd)
         else:
-            _orphans.append(pidfd)
+            orphans.append(pidfd)
 
 
 class _Launch(Protocol):
@@ -452,7 +452,7 @@ class Child:
             with contextlib.suppress(OSError):
                 self.ask()
             if self.status is None and self._reap:
-                _orphans.append(self.pidfd)
+                orphans.append(self.pidfd)
                 self.pidfd = -1
                 self._close_status_socket()
                 return

@@ -526,8 +526,8 @@ def test_the_loop_ends_and_the_detached_child_does_not(make_loop: Factory) -> No
     with asyncio.Runner(loop_factory=make_loop) as runner:
         assert runner.run(attach()) == 7
     reap_heirs()
-    assert not unowned._heirs
-    assert not watcher._orphans
+    assert not unowned.heirs
+    assert not watcher.orphans
 
 
 @on_both_loops
