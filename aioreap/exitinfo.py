@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import dataclass
+from typing import Final
 
 __all__ = ["ExitInfo", "ExitStatusLost"]
 
@@ -29,7 +30,11 @@ class ExitStatusLost(ChildProcessError):  # noqa: N818 - a state more than an er
         return type(self), (self.pid,)
 
 
-@dataclass(frozen=True, slots=True)
+# What dataclass() would look up for each field of each child.
+_set: Final = object.__setattr__
+
+
+@dataclass(frozen=True, slots=True, init=False)
 class ExitInfo:
     """How and when a child ended.
 
@@ -48,6 +53,20 @@ class ExitInfo:
     cgroup_id: int | None
     started_ns: int
     finished_ns: int
+
+    def __init__(
+        self,
+        pid: int,
+        status: int | None,
+        cgroup_id: int | None,
+        started_ns: int,
+        finished_ns: int,
+    ) -> None:
+        _set(self, "pid", pid)
+        _set(self, "status", status)
+        _set(self, "cgroup_id", cgroup_id)
+        _set(self, "started_ns", started_ns)
+        _set(self, "finished_ns", finished_ns)
 
     def _known_status(self) -> int:
         if self.status is None:

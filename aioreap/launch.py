@@ -52,20 +52,18 @@ class Launch:
         child: None while the launch waits for its turn.
     """
 
-    # What most launches have is not stored in each.
-    child: Child | None = None
-    _spawned: Spawned | None = None
-    _pipe: int = -1
-    _asked_early: int = 0
-    _retries: int = 0
-    _aborted: bool = False
-    _is_over: bool = False
-    _error: BaseException | None = None
-    _waiter: asyncio.Future[None] | None = None
-
     def __init__(self, launcher: Launcher, plan: SpawnPlan) -> None:
+        self.child: Child | None = None
         self._launcher = launcher
         self._plan = plan
+        self._spawned: Spawned | None = None
+        self._pipe = -1
+        self._asked_early = 0
+        self._retries = 0
+        self._aborted = False
+        self._is_over = False
+        self._error: BaseException | None = None
+        self._waiter: asyncio.Future[None] | None = None
 
     def __del__(self) -> None:
         if self._spawned is not None or not self._is_over:

@@ -14,7 +14,8 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 from aioreap import _clone, forking, hold, kernel
 from aioreap.options import HasFileno, Options, Stdio, environment, group_id, groups_ids, user_id
@@ -31,20 +32,32 @@ class Spawned:
         is_child: else it was made by a process between, and is init's.
     """
 
-    # What most children have is not stored in each.
-    pipe: int = -1
-    block: _clone.Block | None = None
-    shares_memory: bool = False
-    closes_descriptors: bool = True
-    held: hold.Held | None = None
-    status: int = -1
-    is_child: bool = True
+    __slots__ = (
+        "block",
+        "closes_descriptors",
+        "held",
+        "is_child",
+        "pid",
+        "pidfd",
+        "pipe",
+        "reap",
+        "shares_memory",
+        "started_ns",
+        "status",
+    )
 
     def __init__(self, pid: int, pidfd: int, started_ns: int, *, reap: bool) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.started_ns = started_ns
         self.reap = reap
+        self.pipe = -1
+        self.block: _clone.Block | None = None
+        self.shares_memory = False
+        self.closes_descriptors = True
+        self.held: hold.Held | None = None
+        self.status = -1
+        self.is_child = True
 
     def holds_descriptors(self) -> bool:
         """Whether the child may still hold copies of all descriptors of this process."""
@@ -95,7 +108,8 @@ _ENCODING: Final = sys.getfilesystemencoding()
 _ERRORS: Final = sys.getfilesystemencodeerrors()
 
 
-class _Rung(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Rung:
     """One way to clone, of those that are tried one after the other."""
 
     legacy: bool  # clone, and not clone3
@@ -172,13 +186,13 @@ class SpawnPlan:
 
     arguments: list[Any]
     program: Any
-    options: Options
     argv: tuple[bytes, ...]
     paths: tuple[bytes, ...]
     envp: tuple[bytes, ...] | None
     cwd: bytes | None
     by_fork: bool
-    # What most plans have is not stored in each.
+    # What is looked at only where there are options, or the plan was frozen, is not stored in each.
+    # All else is: on Python 3.12 and 3.13, a default of the class makes each access slower.
     cwd_descriptor: int = -1
     close_fds: bool = True
     restore_signals: bool = True
@@ -192,13 +206,16 @@ class SpawnPlan:
     cgroup: int = -1
     autokill: bool | Literal["tree"] = False
     detached: bool = False
-    descriptors: tuple[tuple[int, int], ...] = ()
-    wants_pipes: bool = False
-    pipes: dict[int, int] = _NO_PIPES
-    _own: tuple[int, ...] = ()
     _null: int = -1
     _hold: hold.Hold = hold.NOT_HELD
-    _surroundings: Surroundings | None = None
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.descriptors: tuple[tuple[int, int], ...] = ()
+        self.wants_pipes = False
+        self.pipes: dict[int, int] = _NO_PIPES
+        self._own: tuple[int, ...] = ()
+        self._surroundings: Surroundings | None = None
 
     @classmethod
     def of(
@@ -242,8 +259,8 @@ class SpawnPlan:
             cwd, env = options.get("cwd"), options.get("env")
             if shell and executable:
                 arguments[0] = executable
-        plan = cls()
-        plan.options, plan.arguments = options, arguments
+        plan = cls(options)
+        plan.arguments = arguments
         plan.program = arguments[0] if executable is None else executable
         plan.by_fork = preexec_fn is not None or kernel.backend().name == "popen"
         if not plan.by_fork:  # else Popen raises it
@@ -421,7 +438,7 @@ class SpawnPlan:
             return self._fork(backend)
         refused: OSError | None = None
         for rung in rungs:
-            if self.autokill:
+            if self.options and self.autokill:
                 try:
                     self._hold = self._new_hold(backend, autoreap=rung.autoreap)
                 except OSError as error:

@@ -96,23 +96,30 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         ladder: what is under way to the child's end, for all who stop it.
     """
 
-    # What most transports have, or have for most of the time, is not stored in each.
-    ladder: Ladder | None = None
-    _popen: Popen | None = None
-    _launch: Launch | None = None
-    _child: Child | None = None
-    _pipes: dict[int, PipeProtocol] = _NO_PIPES
-    _readers: tuple[OutputReader, ...] = ()
-    _exit_waiters: tuple[asyncio.Future[None], ...] = ()
-    _output_waiters: tuple[asyncio.Future[None], ...] = ()
-    _is_announced: bool = False
-    # What happens before connection_made, to be told after it.
-    _early: tuple[tuple[Any, ...], ...] = ()
-    # That of the call which starts the child, for what the protocol is told in turns.
-    _context: contextvars.Context | None = None
-    _untold: int = 0
-    _closed: bool = False
-    _finished: bool = False
+    # asyncio's base classes have slots. In a dictionary beside them, each access of an attribute
+    # would be slower by far; there is one for what others may set.
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "_args",
+        "_child",
+        "_closed",
+        "_context",
+        "_early",
+        "_exit_waiters",
+        "_finished",
+        "_is_announced",
+        "_launch",
+        "_loop",
+        "_output_waiters",
+        "_pipes",
+        "_plan",
+        "_popen",
+        "_protocol",
+        "_readers",
+        "_untold",
+        "ladder",
+    )
 
     def __init__(
         self,
@@ -126,6 +133,23 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._protocol = protocol
         self._plan: SpawnPlan | None = plan
         self._args = args
+        self.ladder: Ladder | None = None
+        self._popen: Popen | None = None
+        self._launch: Launch | None = None
+        self._child: Child | None = None
+        # Most of the time there is nothing in these: an empty container for each costs memory.
+        self._pipes: dict[int, PipeProtocol] = _NO_PIPES
+        self._readers: tuple[OutputReader, ...] = ()
+        self._exit_waiters: tuple[asyncio.Future[None], ...] = ()
+        self._output_waiters: tuple[asyncio.Future[None], ...] = ()
+        self._is_announced = False
+        # What happens before connection_made, to be told after it.
+        self._early: tuple[tuple[Any, ...], ...] = ()
+        # That of the call which starts the child, for what the protocol is told in turns.
+        self._context: contextvars.Context | None = None
+        self._untold = 0
+        self._closed = False
+        self._finished = False
 
     def __repr__(self) -> str:
         state = [type(self).__name__]

@@ -108,21 +108,9 @@ class Child:
         launch: what hears of its exit before all others, between its clone and its exec.
     """
 
-    # What most children have, or have for most of the time, is not stored in each. These say
-    # whether it is to end with its loop, and how loudly it is said that its status is lost.
+    # Whether it is to end with its loop, and how loudly it is said that its status is lost.
     ends_with_loop: bool = True
-    _keeps_group: bool = True
     _lost_level: int = logging.ERROR
-    held: hold.Held | None = None
-    status_socket: int = -1
-    launch: _Launch | None = None
-    status: kernel.ExitStatus | None = None
-    exit_info: ExitInfo | None = None
-    heir: Child | None = None
-    is_detached: bool = False
-    _watcher: ChildWatcher | None = None
-    _group_pidfd: int = -1  # what was the pidfd, while the group outlives its leader
-    _esrch_count: int = 0
 
     def __init__(
         self, pid: int, pidfd: int, *, reap: bool, started_ns: int, leads_group: bool = False
@@ -134,6 +122,18 @@ class Child:
         self._reap = reap
         self._owner = os.getpid()
         self._callbacks: list[Callable[[Child], object]] = []
+        # No defaults of the class: on Python 3.12 and 3.13 they make each access slower.
+        self.status: kernel.ExitStatus | None = None
+        self.exit_info: ExitInfo | None = None
+        self.launch: _Launch | None = None
+        self.held: hold.Held | None = None
+        self.status_socket: int = -1
+        self.heir: Child | None = None
+        self.is_detached: bool = False
+        self._watcher: ChildWatcher | None = None
+        self._keeps_group = True
+        self._group_pidfd = -1  # what was the pidfd, while the group outlives its leader
+        self._esrch_count = 0
 
     def __repr__(self) -> str:
         state = "running" if self.exit_info is None else "exited"
