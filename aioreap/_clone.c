@@ -316,8 +316,8 @@ clone_take(PyObject *Py_UNUSED(module), PyObject *block)
 static PyObject *
 clone_reap(PyObject *Py_UNUSED(module), PyObject *argument)
 {
-    long pidfd = PyLong_AsLong(argument);
-    if (pidfd == -1 && PyErr_Occurred())
+    int pidfd = PyObject_AsFileDescriptor(argument);
+    if (pidfd < 0)
         return NULL;
     siginfo_t found = {.si_pid = 0};
     int result;
@@ -336,8 +336,8 @@ clone_reap(PyObject *Py_UNUSED(module), PyObject *argument)
 static PyObject *
 clone_exit_info(PyObject *Py_UNUSED(module), PyObject *argument)
 {
-    long pidfd = PyLong_AsLong(argument);
-    if (pidfd == -1 && PyErr_Occurred())
+    int pidfd = PyObject_AsFileDescriptor(argument);
+    if (pidfd < 0)
         return NULL;
     struct pidfd_info info;
     /* An empty mask says that the task vanished while the kernel was looking: the next answer is
@@ -345,7 +345,7 @@ clone_exit_info(PyObject *Py_UNUSED(module), PyObject *argument)
     for (int attempt = 0; attempt < 8; attempt++) {
         memset(&info, 0, sizeof(info));
         info.mask = PIDFD_INFO_EXIT | PIDFD_INFO_CGROUPID;
-        if (ioctl((int)pidfd, PIDFD_GET_INFO, &info) < 0)
+        if (ioctl(pidfd, PIDFD_GET_INFO, &info) < 0)
             return PyErr_SetFromErrno(PyExc_OSError);
         if (info.mask & PIDFD_INFO_EXIT && info.mask & PIDFD_INFO_CGROUPID)
             return Py_BuildValue("iK", (int)info.exit_code, (unsigned long long)info.cgroupid);

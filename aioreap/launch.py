@@ -339,13 +339,11 @@ class Launcher:
             # Nobody would reap what it leaves. This costs a system call on Python 3.11.
             if asyncio._get_running_loop() is not loop:
                 raise RuntimeError(f"{loop!r} is not running")
-        turn = self.watcher.turn
-        is_full = self._deferred or (turn.clones >= CLONES_IN_A_TURN and self._is_spent)
-        if is_full and not plan.by_fork:
+        if (self._deferred or self._is_spent()) and not plan.by_fork:
             self._defer(launch, plan)
         else:
             self._clone(launch)
-        if turn.clones >= CLONES_IN_A_TURN and not self._turn_follows and self._is_spent:
+        if (self._deferred or self._is_spent()) and not self._turn_follows:
             self._turn_follows = True
             loop.call_soon(self._begin_turn, context=contextvars.Context())
         return launch
@@ -365,7 +363,6 @@ class Launcher:
         turn.clones += 1
         turn.cloning_ns += time.monotonic_ns() - begin
 
-    @property
     def _is_spent(self) -> bool:
         turn = self.watcher.turn
         return turn.clones >= CLONES_IN_A_TURN and turn.cloning_ns >= TURN_BUDGET_NS
@@ -373,12 +370,12 @@ class Launcher:
     def _begin_turn(self) -> None:
         self.watcher.turn.forget()
         try:
-            while self._deferred and not self._is_spent:
+            while self._deferred and not self._is_spent():
                 launch = self._deferred.popleft()()
                 if launch is not None:
                     self._clone(launch)
         finally:  # KeyboardInterrupt too: those behind it still have their turn
-            self._turn_follows = bool(self._deferred) or self._is_spent
+            self._turn_follows = bool(self._deferred) or self._is_spent()
             if self._turn_follows:
                 self.loop.call_soon(self._begin_turn)
 

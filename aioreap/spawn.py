@@ -471,7 +471,8 @@ class SpawnPlan:
 
     def _rungs(self, ladder: _Ladder, backend: kernel.Backend) -> tuple[_Rung, ...]:
         """Those by the options, if the backend has what was asked for."""
-        asked = self.options.get("autoreap")
+        given = self.options.get("autoreap")
+        asked = None if given is None else bool(given)
         if asked and backend.name != "autoreap":
             raise OSError(
                 errno.ENOSYS,

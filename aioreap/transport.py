@@ -112,6 +112,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         "_launch",
         "_loop",
         "_output_waiters",
+        "_owner",
         "_pipes",
         "_plan",
         "_popen",
@@ -148,6 +149,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         # That of the call which starts the child, for what the protocol is told in turns.
         self._context: contextvars.Context | None = None
         self._untold = 0
+        # The process that it is of, where that has to be known before there is a child.
+        self._owner: int | None = None
         self._closed = False
         self._finished = False
 
@@ -225,6 +228,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def _be_known(self) -> None:
         """Be ended by the loop's end; without pipes there is only the child, or its launch."""
+        self._owner = os.getpid()
         transports = _transports.get(self._loop)
         if transports is None:
             transports = _transports.setdefault(self._loop, weakref.WeakSet())
@@ -425,6 +429,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     @property
     def is_copy(self) -> bool:
         """Whether this process is a forked copy of the one that started the child."""
+        if self._owner is not None:
+            return self._owner != os.getpid()
         return self._child is not None and self._child.is_copy
 
     @property
@@ -567,7 +573,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             return
         self._closed = True
         child = self._child
-        if child is not None and child.exit_info is not None and not self._pipes:
+        is_over = child is not None and child.exit_info is not None
+        if is_over and not self._pipes and not self.child.leads_group:  # which may have a pidfd
             return
         if self._loop.is_closed() or self.is_copy:
             self.abandon()
@@ -607,7 +614,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             if self._launch is not None:
                 self._launch.destroy()
         finally:
-            is_copy = child is not None and child.is_copy
+            is_copy = self.is_copy
             for pipe in self._pipes.values():
                 pipe.abandon(self._loop, is_copy=is_copy)
 

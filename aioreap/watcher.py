@@ -418,6 +418,12 @@ class Child:
             self._watcher.stop_telling(self.pidfd)
             self._watcher = None  # not before, as an interrupt may come
 
+    def _is_in_copy(self) -> bool:
+        """Whether this is a forked copy; then nothing is taken out of a set of the parent's."""
+        if self.is_copy and self._watcher is not None:
+            self._watcher.notice_copy()
+        return self.is_copy
+
     def destroy(self) -> None:
         """Kill the child at once and give up its descriptors, with no help from a loop.
 
@@ -429,9 +435,7 @@ class Child:
         self.forget_group()
         if self.pidfd < 0:
             return
-        if self.is_copy:  # a forked copy: the child is not its own
-            if self._watcher is not None:
-                self._watcher.notice_copy()
+        if self._is_in_copy():  # the child is not its own
             self._close()
             return
         self._stop_being_watched()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import os
 import signal
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from collections.abc import Callable
 import pytest
 from program import run_program
 from raw import wait_readable
+from test_launch import turns
 from test_loops import FACTORIES
 
 import aioreap
@@ -85,6 +88,44 @@ async def test_a_copy_can_spawn_children_of_its_own() -> None:
     assert process.poll() is None
     await process.communicate()
     assert process.returncode == 0
+
+
+def in_a_copy_by_c(act: Callable[[], object]) -> None:
+    """Do `act` in a copy that Python does not know of."""
+    copy = ctypes.PyDLL(None).fork()
+    if copy == 0:
+        try:
+            act()
+        finally:
+            os._exit(0)
+    os.waitpid(copy, 0)
+
+
+async def test_a_copy_that_python_does_not_know_of_leaves_the_parents_children() -> None:
+    process = await aioreap.create_subprocess_exec("cat", stdin=-1)
+    in_a_copy_by_c(process._transport.close)
+    assert process.poll() is None
+    await process.communicate()
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("count", range(1, 4))
+async def test_such_a_copy_leaves_the_pipes_of_an_attach_under_way_to_the_parent(
+    count: int,
+) -> None:
+    script = "read line; exec <&-; exec sleep 1000"
+    process = await aioreap.create_subprocess_exec("sh", "-c", script, stdin=-1, stdout=-1)
+    attaching = asyncio.ensure_future(aioreap.attach(process.detach()))
+    await turns(count)
+    loop = asyncio.get_running_loop()
+    in_a_copy_by_c(lambda: transport.abandon_children(loop))  # what close() begins with
+    attached = await attaching
+    assert attached.stdin is not None
+    attached.stdin.write(b"\n")
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        await attached.stdin.wait_closed()
+    attached.kill()
+    assert await attached.wait() == -signal.SIGKILL
 
 
 WORKERS = "just_exit\nwork_and_exit\nclose_what_is_inherited\ndrop_what_is_inherited\n"

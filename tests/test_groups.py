@@ -11,10 +11,12 @@ import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 from conftest import open_descriptors
+from test_copies import in_a_copy
 from test_launch import HeldProgram, turns, until
 from test_stopping import FOREVER, Hold, start
 
@@ -179,6 +181,36 @@ async def test_a_forgotten_leader_gives_its_descriptor_back_without_a_collection
     finally:
         gc.enable()
     assert len(left) == len(before) - 5  # two pipes, the pidfd, and the hold
+
+
+@whole
+async def test_a_copy_gives_up_what_reaches_the_group_of_a_leader_that_has_exited(
+    hold: Hold,
+) -> None:
+    class Protocol(asyncio.SubprocessProtocol):
+        def process_exited(self) -> None:
+            exited.set()
+
+    def pidfds() -> int:
+        return [*open_descriptors().values()].count("anon_inode:[pidfd]")
+
+    def close() -> None:
+        before = pidfds()
+        transport.close()
+        os._exit(before - pidfds())
+
+    exited = asyncio.Event()
+    loop: Any = aioreap.install(asyncio.get_running_loop())
+    transport, _ = await loop.subprocess_exec(
+        Protocol,
+        *("sh", "-c", f"cat {hold.path} & exit 4"),
+        stdin=None, stdout=None, stderr=None,
+        pass_fds=[hold.read_end],
+        start_new_session=True,
+    )
+    await exited.wait()
+    assert in_a_copy(close) == 1
+    hold.release()
 
 
 @pytest.mark.clone_backends

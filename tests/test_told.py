@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import ctypes
 import gc
-import os
 import signal
 import weakref
 from asyncio.subprocess import SubprocessStreamProtocol
@@ -225,17 +223,3 @@ async def test_no_context_of_a_communicate_that_is_given_up_is_kept() -> None:
     kept = reference()
     await process.communicate()
     assert kept is None
-
-
-async def test_a_copy_that_python_does_not_know_of_leaves_the_parents_children() -> None:
-    process = await aioreap.create_subprocess_exec("cat", stdin=-1)
-    copy = ctypes.PyDLL(None).fork()
-    if copy == 0:
-        try:
-            process._transport.close()
-        finally:
-            os._exit(0)
-    os.waitpid(copy, 0)
-    assert process.poll() is None
-    await process.communicate()
-    assert process.returncode == 0
