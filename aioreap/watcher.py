@@ -314,10 +314,11 @@ class Child:
     def settle(self, status: kernel.ExitStatus) -> None:
         """Set exit_info, give up the pidfd and its reader, and call the callbacks."""
         self.status = status
+        wait_status, cgroup_id = status
         self.exit_info = ExitInfo(
-            self.pid, status.status, status.cgroup_id, self.started_ns, time.monotonic_ns()
+            self.pid, wait_status, cgroup_id, self.started_ns, time.monotonic_ns()
         )
-        if status.status is None:
+        if wait_status is None:
             logger.log(self._lost_level, "%s", ExitStatusLost(self.pid))
         try:
             self._close(keep_group=self.leads_group and self._keeps_group)

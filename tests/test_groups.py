@@ -204,7 +204,9 @@ async def test_a_copy_gives_up_what_reaches_the_group_of_a_leader_that_has_exite
     transport, _ = await loop.subprocess_exec(
         Protocol,
         *("sh", "-c", f"cat {hold.path} & exit 4"),
-        stdin=None, stdout=None, stderr=None,
+        stdin=None,
+        stdout=None,
+        stderr=None,
         pass_fds=[hold.read_end],
         start_new_session=True,
     )
