@@ -112,11 +112,9 @@ async def spawn_detached(
     loop = asyncio.get_running_loop()
     plan = SpawnPlan.of(
         (program, *args),
+        (stdin, stdout, stderr),
+        cast("Options", given),
         shell=False,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        options=cast("Options", given),
     )
     plan.detached = True
     launch = Launcher.of(loop).begin(plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal as signals
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, Unpack, cast
 
@@ -41,23 +41,14 @@ _ProtocolT = TypeVar("_ProtocolT", bound=asyncio.BaseProtocol)
 def _prepare(
     loop: asyncio.AbstractEventLoop,
     protocol: _ProtocolT,
-    command: Sequence[Any],
+    command: tuple[Any, ...],
+    stdio: tuple[Stdio, Stdio, Stdio],
+    options: Any,
     *,
     shell: bool,
-    stdin: Stdio,
-    stdout: Stdio,
-    stderr: Stdio,
-    options: Any,
 ) -> SubprocessTransport:
     """The transport of a child that start() starts."""
-    plan = SpawnPlan.of(
-        command,
-        shell=shell,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        options=options,
-    )
+    plan = SpawnPlan.of(command, stdio, options, shell=shell)
     args = command[0] if shell else command
     return SubprocessTransport(loop, protocol, plan, args)  # type: ignore[arg-type]
 
@@ -75,16 +66,8 @@ async def subprocess_exec(
     """``loop.subprocess_exec()`` for any loop with ``add_reader``; `options` as in Options."""
     take_binary(options, shell=False)
     protocol = protocol_factory()
-    transport = _prepare(
-        loop,
-        protocol,
-        (program, *args),
-        shell=False,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        options=options,
-    )
+    stdio = stdin, stdout, stderr
+    transport = _prepare(loop, protocol, (program, *args), stdio, options, shell=False)
     await transport.start()
     return transport, protocol
 
@@ -103,16 +86,8 @@ async def subprocess_shell(
     _check_command(cmd)
     take_binary(options, shell=True)
     protocol = protocol_factory()
-    transport = _prepare(
-        loop,
-        protocol,
-        (cmd,),
-        shell=True,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        options=options,
-    )
+    stdio = stdin, stdout, stderr
+    transport = _prepare(loop, protocol, (cmd,), stdio, options, shell=True)
     await transport.start()
     return transport, protocol
 
@@ -359,31 +334,20 @@ def check_limit(limit: int) -> None:
 
 
 def _prepare_process(
-    command: Sequence[Any],
+    command: tuple[Any, ...],
+    stdio: tuple[Stdio, Stdio, Stdio],
+    options: Any,
+    limit: int,
     *,
     shell: bool,
-    stdin: Stdio,
-    stdout: Stdio,
-    stderr: Stdio,
-    limit: int,
-    options: Any,
 ) -> tuple[SubprocessTransport, _StreamProtocol, asyncio.AbstractEventLoop]:
-    if PIPE in (stdout, stderr):  # as in asyncio: else there is no reader
+    if PIPE in stdio[1:]:  # as in asyncio: else there is no reader
         check_limit(limit)
     if options:
         take_binary(options, shell=shell)
     loop = asyncio.get_running_loop()
     protocol = _StreamProtocol(limit=limit, loop=loop)
-    transport = _prepare(
-        loop,
-        protocol,
-        command,
-        shell=shell,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        options=options,
-    )
+    transport = _prepare(loop, protocol, command, stdio, options, shell=shell)
     return transport, protocol, loop
 
 
@@ -412,14 +376,9 @@ async def create_subprocess_exec(
             zero or less with a pipe to read.
         subprocess.SubprocessError: something killed the child before its exec.
     """
+    stdio = stdin, stdout, stderr
     transport, protocol, loop = _prepare_process(
-        (program, *args),
-        shell=False,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        limit=limit,
-        options=options,
+        (program, *args), stdio, options, limit, shell=False
     )
     await transport.start()
     return Process(transport, protocol, loop)
@@ -435,14 +394,7 @@ async def create_subprocess_shell(
 ) -> Process:
     """Start a command of /bin/sh, otherwise as create_subprocess_exec()."""
     _check_command(cmd)
-    transport, protocol, loop = _prepare_process(
-        (cmd,),
-        shell=True,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        limit=limit,
-        options=options,
-    )
+    stdio = stdin, stdout, stderr
+    transport, protocol, loop = _prepare_process((cmd,), stdio, options, limit, shell=True)
     await transport.start()
     return Process(transport, protocol, loop)

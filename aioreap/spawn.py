@@ -221,14 +221,14 @@ class SpawnPlan:
     def of(
         cls,
         command: Sequence[Any],
+        stdio: tuple[Stdio, Stdio, Stdio],
+        options: Options,
         *,
         shell: bool,
-        stdin: Stdio,
-        stdout: Stdio,
-        stderr: Stdio,
-        options: Options,
     ) -> SpawnPlan:
         """Check and encode the arguments, raise the audit event, and open the descriptors.
+
+        `stdio` is stdin, stdout and stderr.
 
         Raises:
             TypeError, ValueError, LookupError: as subprocess.Popen does.
@@ -239,11 +239,11 @@ class SpawnPlan:
         plan = cls._encode(command, options, shell=shell)
         if options:
             plan._check(options)
-        elif stdin is None and stdout is None and stderr is None:
+        elif stdio[0] is None and stdio[1] is None and stdio[2] is None:
             return plan
         _open_plans.add(plan)
         try:
-            plan._open(stdin, stdout, stderr, options)
+            plan._open(stdio, options)
         except BaseException:
             plan.close()
             plan.close_pipes()
@@ -308,7 +308,7 @@ class SpawnPlan:
         if options.get("user") is not None:
             self.uid = user_id(options["user"])
 
-    def _open(self, stdin: Stdio, stdout: Stdio, stderr: Stdio, options: Options) -> None:
+    def _open(self, given_stdio: tuple[Stdio, Stdio, Stdio], options: Options) -> None:
         passed = {operator.index(d) for d in options.get("pass_fds", ())}
         if any(not 0 <= d <= _LARGEST_INT for d in passed):
             raise ValueError("bad value(s) in fds_to_keep")
@@ -323,10 +323,10 @@ class SpawnPlan:
             self.cgroup = cgroup
         elif cgroup is not None:
             self.cgroup = self._keep(os.open(cgroup, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-        if subprocess.STDOUT in (stdin, stdout):
+        if subprocess.STDOUT in given_stdio[:2]:
             raise ValueError("STDOUT can only be used for stderr")
         stdio: dict[int, int] = {}
-        for target, given in enumerate((stdin, stdout, stderr)):
+        for target, given in enumerate(given_stdio):
             if given == subprocess.STDOUT:
                 stdio[target] = stdio[1] if 1 in stdio else _standard_output()
             elif given is not None:

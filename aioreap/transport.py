@@ -189,9 +189,13 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             if plan.wants_pipes:
                 await launch.cloned()
                 await self._connect_pipes(plan.pipes)
-            self._child = await launch.started()
-            self._child.add_exit_callback(self._child_exited)
-            self._announce()
+            self._child = child = await launch.started()
+            if child.exit_info is None:
+                child.add_exit_callback(self._child_exited)
+                self._announce()
+            else:
+                self._announce()
+                self._child_exited(child)
         except BaseException as error:
             plan.close()
             plan.close_pipes()

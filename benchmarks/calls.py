@@ -73,8 +73,7 @@ class CallsPeer(AsyncioPeer):
                 ended.set_result(status.status)
 
         if command not in self._plans:
-            inherited: Any = dict.fromkeys(("stdin", "stdout", "stderr"))
-            self._plans[command] = SpawnPlan.of(command, shell=False, options={}, **inherited)
+            self._plans[command] = SpawnPlan.of(command, (None, None, None), {}, shell=False)
         loop = asyncio.get_running_loop()
         started: asyncio.Future[None] = loop.create_future()
         ended: asyncio.Future[int | None] = loop.create_future()
