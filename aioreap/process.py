@@ -311,12 +311,6 @@ class _StreamProtocol(asyncio.subprocess.SubprocessStreamProtocol):
     pipe's end the loop's exception handler is told of an InvalidStateError.
     """
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if transport.has_pipes:  # type: ignore[attr-defined]
-            super().connection_made(transport)
-        else:
-            self._transport = transport
-
     def _get_close_waiter(self, stream: asyncio.StreamWriter) -> asyncio.Future[None]:
         waiter: asyncio.Future[None] = super()._get_close_waiter(stream)  # type: ignore[misc]
         return asyncio.shield(waiter)

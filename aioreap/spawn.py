@@ -45,6 +45,17 @@ class Spawned:
         "started_ns",
         "status",
     )
+    pid: int
+    pidfd: int
+    started_ns: int
+    reap: bool
+    pipe: int
+    block: _clone.Block | None
+    shares_memory: bool
+    closes_descriptors: bool
+    held: hold.Held | None
+    status: int
+    is_child: bool
 
     def __init__(self, pid: int, pidfd: int, started_ns: int, *, reap: bool) -> None:
         self.pid = pid
@@ -52,10 +63,10 @@ class Spawned:
         self.started_ns = started_ns
         self.reap = reap
         self.pipe = -1
-        self.block: _clone.Block | None = None
+        self.block = None
         self.shares_memory = False
         self.closes_descriptors = True
-        self.held: hold.Held | None = None
+        self.held = None
         self.status = -1
         self.is_child = True
 
@@ -212,7 +223,7 @@ class SpawnPlan:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.descriptors: tuple[tuple[int, int], ...] = ()
-        self.wants_pipes = False
+        self.wants_pipes: bool = False
         self.pipes: dict[int, int] = _NO_PIPES
         self._own: tuple[int, ...] = ()
         self._surroundings: Surroundings | None = None
@@ -353,6 +364,8 @@ class SpawnPlan:
     def _open_pipes(self) -> None:
         """Make the pipes: at the clone, as a spawn that waits for its turn needs none."""
         wanted = {source for source, _ in self.descriptors if source <= _PIPE_TO_BE}
+        if not wanted:  # another try has made them
+            return
         size = self.options.get("pipesize", -1)
         self.pipes = {}
         made = {source: self._open_pipe(_PIPE_TO_BE - source, size) for source in wanted}

@@ -437,11 +437,6 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             return self._owner != os.getpid()
         return self._child is not None and self._child.is_copy
 
-    @property
-    def has_pipes(self) -> bool:
-        """Whether there is, or was, a pipe."""
-        return bool(self._pipes)
-
     def close_pipe(self, number: int) -> bool:
         """Close one of the pipes, stdin when all is written; whether there is one."""
         pipe = self._pipes.get(number)

@@ -129,7 +129,7 @@ class Grandchild(Child):
         if self.status is None and (self.pidfd < 0 or kernel.is_readable(self.pidfd)):
             with contextlib.suppress(OSError):
                 os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
-            self.status = self._lost()
+            self.status: kernel.ExitStatus | None = self._lost()
         return self.status
 
 
