@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import open_descriptors
 
 import aioreap
 from aioreap import _clone, launch, spawn
@@ -259,36 +258,6 @@ async def test_a_program_just_written_is_not_busy_because_of_a_spawn_in_flight(
     held.release()
     assert await (await busy).wait() == 0
     assert await (await holder).wait() == 0
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize("options", [{}, {"preexec_fn": bool}], ids=["", "preexec_fn"])
-@pytest.mark.parametrize("cancelled_after", [None, 1, 2, 3, 4, 5])
-async def test_a_busy_program_that_is_tried_again_has_its_pipes(
-    tmp_path: Path, options: Options, cancelled_after: int | None
-) -> None:
-    first = await aioreap.create_subprocess_exec("cat", stdin=-1, stdout=-1)
-    await first.communicate()  # what the loop keeps comes with it
-    del first
-    before = open_descriptors()
-    program = tmp_path / "written"
-    shutil.copy("/bin/echo", program)
-    with program.open("ab"):
-        creating = asyncio.ensure_future(
-            aioreap.create_subprocess_exec(program, "heard", stdin=-1, stdout=-1, **options)
-        )
-        await turns(cancelled_after or 3)
-        if cancelled_after is not None:
-            creating.cancel()
-            with pytest.raises((asyncio.CancelledError, OSError)):
-                await creating
-    if cancelled_after is None:
-        process = await creating
-        assert await process.communicate() == (b"heard\n", None)
-        del process
-    del creating
-    await turns(10)
-    assert open_descriptors().keys() <= before.keys()
 
 
 async def test_a_program_that_is_open_for_writing_is_busy(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ from test_loops import FACTORIES
 import aioreap
 from aioreap import _clone, kernel, spawn
 from aioreap.epollset import EpollSet
+from aioreap.options import Options
 
 pytestmark = pytest.mark.own_backend
 
@@ -258,6 +260,36 @@ async def test_a_loop_without_readers_is_its_error(monkeypatch: pytest.MonkeyPat
         await aioreap.create_subprocess_exec("cat", stdin=-1)
     assert children() == []
     monkeypatch.undo()
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("options", [{}, {"preexec_fn": bool}], ids=["", "preexec_fn"])
+@pytest.mark.parametrize("cancelled_after", [None, 1, 2, 3, 4, 5])
+async def test_a_busy_program_that_is_tried_again_has_its_pipes(
+    tmp_path: Path, options: Options, cancelled_after: int | None
+) -> None:
+    first = await aioreap.create_subprocess_exec("cat", stdin=-1, stdout=-1)
+    await first.communicate()  # what the loop keeps comes with it
+    del first
+    before = open_descriptors()
+    program = tmp_path / "written"
+    shutil.copy("/bin/echo", program)
+    with program.open("ab"):
+        creating = asyncio.ensure_future(
+            aioreap.create_subprocess_exec(program, "heard", stdin=-1, stdout=-1, **options)
+        )
+        await turns(cancelled_after or 3)
+        if cancelled_after is not None:
+            creating.cancel()
+            with pytest.raises((asyncio.CancelledError, OSError)):
+                await creating
+    if cancelled_after is None:
+        process = await creating
+        assert await process.communicate() == (b"heard\n", None)
+        del process
+    del creating
+    await turns(10)
+    assert open_descriptors().keys() <= before.keys()
 
 
 # Calls that are refused.
