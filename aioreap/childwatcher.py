@@ -34,7 +34,6 @@ class _AsyncioChild(Child):
         """Stop watching."""
         self._callbacks.clear()
         if self.pidfd >= 0:
-            self._is_in_copy()
             self._close()
 
     def abandon(self) -> None:

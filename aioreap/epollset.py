@@ -3,7 +3,8 @@
 It is the loop's one reader for them. Caveats, each shown by tests/test_epollset.py:
 
 * An epoll set is shared with forked copies of the program: one that removes what
-  it inherits makes the parent deaf. A copy gets a set of its own at the fork.
+  it inherits makes the parent deaf. A copy gets a set of its own at the fork; one
+  that C has forked, of which Python is not told, leaves the parent's as it is.
 * Members are level-triggered, so that an exception in the midst of several, as
   KeyboardInterrupt, loses none of the others. One that has to be edge-triggered is
   looked at again.
@@ -31,6 +32,8 @@ TOLD_IN_A_TURN: Final = 3
 ONE_MORE_NS: Final = 500_000
 MOST_MORE: Final = 64
 
+# Whose a set is in a forked copy that could not get one of its own.
+_NOBODY: Final = -1
 _EDGES: Final = select.EPOLLIN | select.EPOLLET
 
 
@@ -80,7 +83,6 @@ class EpollSet:
         self._take_members = take_members
         self._owner = os.getpid()
         self._edges: set[int] = set()
-        self._is_shared = False
         # The one too many of the last turn: told first, as it stands last in the kernel's list.
         self._left: tuple[int, Member | None] | None = None
         self._told_ns = 0
@@ -101,9 +103,10 @@ class EpollSet:
         """Have `member` told whenever `descriptor` is readable.
 
         Raises:
-            OSError: there is no room for the watch (ENOSPC, ENOMEM).
+            OSError: there is no room for the watch (ENOSPC, ENOMEM), or was none at a fork for
+                a set of this copy's own (EMFILE).
         """
-        if self._is_shared:
+        if self._owner == _NOBODY:
             self._refuse()
         self._epoll.register(descriptor, select.EPOLLIN)
         self.members[descriptor] = member
@@ -113,26 +116,20 @@ class EpollSet:
 
     def remove(self, descriptor: int) -> None:
         """Forget the member; the descriptor can be closed after this."""
-        if self.members.pop(descriptor, None) is None:
-            return
-        if self._edges or self._left is not None or self._is_shared:
+        if self.members.pop(descriptor, None) is not None:
             self.pause(descriptor)
+
+    def pause(self, descriptor: int) -> None:
+        """Keep the member, and tell it nothing."""
+        self._edges.discard(descriptor)
+        if self._left is not None and self._left[0] == descriptor:
+            self._left = None
+        if self._owner != os.getpid():
             return
         try:  # noqa: SIM105 - twice for each child, and suppress() takes three calls
             self._epoll.unregister(descriptor)
         except OSError:  # it is not told of anything now
             pass
-
-    def pause(self, descriptor: int) -> None:
-        """Keep the member, and tell it nothing."""
-        if self._edges:
-            self._edges.discard(descriptor)
-        if self._left is not None and self._left[0] == descriptor:
-            self._left = None
-        if self._is_shared:
-            return
-        with contextlib.suppress(OSError):  # it is not told of anything now
-            self._epoll.unregister(descriptor)
 
     def tells_of_edges(self, descriptor: int) -> bool:
         """Whether tell_of_edges() is in force for it."""
@@ -144,7 +141,7 @@ class EpollSet:
         Raises:
             OSError: as add().
         """
-        if self._is_shared:
+        if self._owner == _NOBODY:
             self._refuse()
         try:
             self._epoll.modify(descriptor, _EDGES)
@@ -152,13 +149,8 @@ class EpollSet:
             self._epoll.register(descriptor, _EDGES)
         self._edges.add(descriptor)
 
-    def notice_copy(self) -> None:
-        """Leave it as it is from here on, if this is a copy that C has forked, and not Python."""
-        if self._owner != os.getpid():
-            self._is_shared = True
-
     def _tell(self) -> None:
-        if self._is_shared:
+        if self._owner == _NOBODY:
             return
         turn, members = self._turn, self.members
         turn.clones = turn.cloning_ns = 0
@@ -203,7 +195,7 @@ class EpollSet:
                     )
                 os.dup2(own.fileno(), self._epoll.fileno(), inheritable=False)
         except OSError:
-            self._is_shared = True
+            self._owner = _NOBODY
 
 
 _sets: weakref.WeakSet[EpollSet] = weakref.WeakSet()

@@ -92,7 +92,6 @@ class Heir(_Unowned):
 
     def destroy(self) -> None:
         """Leave the child to the next spawns; in a forked copy, it is not its own."""
-        self._is_in_copy()
         self._stop_being_watched()
 
     @property
@@ -106,7 +105,6 @@ class Stranger(_Unowned):
 
     def destroy(self) -> None:
         """Close the pidfd."""
-        self._is_in_copy()
         self._callbacks.clear()
         self._close()
 

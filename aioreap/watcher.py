@@ -419,12 +419,6 @@ class Child:
             self._watcher.stop_telling(self.pidfd)
             self._watcher = None  # not before, as an interrupt may come
 
-    def _is_in_copy(self) -> bool:
-        """Whether this is a forked copy; then nothing is taken out of a set of the parent's."""
-        if self.is_copy and self._watcher is not None:
-            self._watcher.notice_copy()
-        return self.is_copy
-
     def destroy(self) -> None:
         """Kill the child at once and give up its descriptors, with no help from a loop.
 
@@ -436,7 +430,7 @@ class Child:
         self.forget_group()
         if self.pidfd < 0:
             return
-        if self._is_in_copy():  # the child is not its own
+        if self.is_copy:  # the child is not its own
             self._close()
             return
         self._stop_being_watched()
@@ -543,12 +537,6 @@ class ChildWatcher:
         epoll_set.add(child.pidfd, child)
         child._watcher = self
         return epoll_set
-
-    def notice_copy(self) -> None:
-        """This is a forked copy: take nothing out of a set that is still the parent's."""
-        epoll_set = self._set
-        if epoll_set is not None:
-            epoll_set.notice_copy()
 
     def abandon_children(self) -> None:
         """Kill the children that are left; for a loop that is about to be closed."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
+from test_copies import in_a_copy_by_c
 
 import aioreap
 from aioreap import kernel
@@ -168,6 +169,19 @@ else:
             watcher.attach_loop(None)
             watcher.close()
             assert os.waitpid(pid, 0) == (pid, 4 << 8)
+
+        run(main)
+
+    def test_a_copy_by_c_that_lets_go_of_a_child_leaves_it_to_the_parent(
+        watcher: aioreap.AsyncioChildWatcher,
+    ) -> None:
+        async def main() -> None:
+            called: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+            pid = os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "1000")
+            watcher.add_child_handler(pid, lambda _, code: called.set_result(code))
+            in_a_copy_by_c(lambda: watcher.remove_child_handler(pid))
+            os.kill(pid, signal.SIGKILL)
+            assert await called == -signal.SIGKILL
 
         run(main)
 

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -126,6 +127,16 @@ async def test_such_a_copy_leaves_the_pipes_of_an_attach_under_way_to_the_parent
         await attached.stdin.wait_closed()
     attached.kill()
     assert await attached.wait() == -signal.SIGKILL
+
+
+async def test_such_a_copy_that_asks_how_a_stranger_ended_leaves_that_to_the_parent() -> None:
+    stranger = subprocess.Popen(["sleep", "1000"])
+    attached = await aioreap.attach(stranger.pid)
+    stranger.kill()
+    stranger.wait()
+    in_a_copy_by_c(attached.poll)
+    with contextlib.suppress(aioreap.ExitStatusLost):  # before Linux 6.15
+        assert await attached.wait() == -signal.SIGKILL
 
 
 WORKERS = "just_exit\nwork_and_exit\nclose_what_is_inherited\ndrop_what_is_inherited\n"

@@ -574,9 +574,11 @@ def test_an_audit_hook_can_forbid_a_spawn(make_loop: Factory) -> None:
 # Ours.
 
 
-@pytest.mark.parametrize("autoreap", [None, False])
-async def test_autoreap_false_and_none_work_everywhere(autoreap: bool | None) -> None:
+@pytest.mark.parametrize("autoreap", [None, False, 0])
+async def test_autoreap_false_and_none_work_everywhere(autoreap: bool | None, backend: str) -> None:
     process = await aioreap.create_subprocess_shell("exit 3", autoreap=autoreap)
+    is_ordinary = process._transport.child.has_to_be_reaped
+    assert is_ordinary == (autoreap is not None or backend != "autoreap")
     assert await process.wait() == 3
 
 

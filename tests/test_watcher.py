@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from apart import Factory, on_both_loops
 from conftest import children
 
 import aioreap
-from aioreap import kernel, watcher
+from aioreap import _clone, kernel, watcher
 from aioreap.epollset import EpollSet
 from aioreap.watcher import Child, ChildWatcher
 
@@ -327,3 +328,16 @@ async def test_a_tracer_that_holds_the_dead_child_costs_no_processor_time() -> N
     assert (await waiting).returncode == 3
     assert tracer.returncode == 0
     assert used < 0.05
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("ask", [_clone.reap, _clone.exit_info])
+def test_no_number_is_taken_for_a_descriptor_that_it_is_not(
+    ask: Callable[[int], object],
+) -> None:
+    pidfd = os.pidfd_open(os.getpid())
+    try:
+        with pytest.raises(OverflowError):
+            ask(2**32 + pidfd)
+    finally:
+        os.close(pidfd)
