@@ -3,11 +3,15 @@
 It is the loop's one reader for them. Caveats, each shown by tests/test_epollset.py:
 
 * An epoll set is shared with forked copies of the program: one that removes what
-  it inherits makes the parent deaf. A copy gets a set of its own at the fork; one
-  that C has forked, of which Python is not told, leaves the parent's as it is.
-* Members are level-triggered, so that an exception in the midst of several, as
-  KeyboardInterrupt, loses none of the others. One that has to be edge-triggered is
-  looked at again.
+  it inherits, or takes an event, makes the parent deaf. A copy gets a set of its own
+  at the fork; one that C has forked, of which Python is not told, gets none, and
+  leaves the parent's as it is.
+* Who is told is told once (EPOLLONESHOT), and again if it still is a member then.
+  Most are not, and what was told of needs no removal: the kernel forgets it when it
+  is closed. Who else has it open, as a child before its exec, may keep it in the set
+  for longer, and nobody hears of that.
+* An exception in the midst of several, as KeyboardInterrupt, loses none of the
+  others: they are looked at again.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ MOST_MORE: Final = 64
 
 # Whose a set is in a forked copy that could not get one of its own.
 _NOBODY: Final = -1
+_ONCE: Final = select.EPOLLIN | select.EPOLLONESHOT
 _EDGES: Final = select.EPOLLIN | select.EPOLLET
 
 
@@ -83,10 +88,14 @@ class EpollSet:
         self._take_members = take_members
         self._owner = os.getpid()
         self._edges: set[int] = set()
-        # The one too many of the last turn: told first, as it stands last in the kernel's list.
-        self._left: tuple[int, Member | None] | None = None
+        # That of the member which is being told: of it the kernel tells no more.
+        self._spent = -1
+        # When the last turn was, and whether some are ready since: the loop has not slept then.
         self._told_ns = 0
+        self._has_left = False
         self._epoll = select.epoll()
+        self._readable = select.poll()
+        self._readable.register(self._epoll, select.POLLIN)
         try:
             # An empty context: that of the task which comes first is not that of all others.
             contextvars.Context().run(loop.add_reader, self._epoll.fileno(), self._tell)
@@ -107,29 +116,40 @@ class EpollSet:
                 a set of this copy's own (EMFILE).
         """
         if self._owner == _NOBODY:
-            self._refuse()
-        self._epoll.register(descriptor, select.EPOLLIN)
+            self.refuse()
+        self._edges.discard(descriptor)
+        try:
+            self._epoll.register(descriptor, _ONCE)
+        except FileExistsError:  # it was told of before, and somebody has kept it open
+            self._epoll.modify(descriptor, _ONCE)
         self.members[descriptor] = member
 
-    def _refuse(self) -> NoReturn:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    def is_of(self, process: int) -> bool:
+        """Whether it is of the process with this id, and not of one that this is a copy of."""
+        return self._owner == process
+
+    def refuse(self) -> NoReturn:
+        """Raise what add() raises in a copy without a set of its own."""
+        raise OSError(errno.EMFILE, "this forked copy has no epoll set of its own")
 
     def remove(self, descriptor: int) -> None:
         """Forget the member; the descriptor can be closed after this."""
-        if self.members.pop(descriptor, None) is not None:
+        if self.members.pop(descriptor, None) is None:
+            return
+        if descriptor == self._spent:
+            self._spent = -1
+        else:
             self.pause(descriptor)
 
     def pause(self, descriptor: int) -> None:
         """Keep the member, and tell it nothing."""
         self._edges.discard(descriptor)
-        if self._left is not None and self._left[0] == descriptor:
-            self._left = None
         if self._owner != os.getpid():
             return
-        try:  # noqa: SIM105 - twice for each child, and suppress() takes three calls
+        with contextlib.suppress(OSError):  # it is not told of anything now
             self._epoll.unregister(descriptor)
-        except OSError:  # it is not told of anything now
-            pass
+        if self._has_left:  # maybe this one alone
+            self._has_left = self._is_readable()
 
     def tells_of_edges(self, descriptor: int) -> bool:
         """Whether tell_of_edges() is in force for it."""
@@ -141,8 +161,8 @@ class EpollSet:
         Raises:
             OSError: as add().
         """
-        if self._owner == _NOBODY:
-            self._refuse()
+        if self._owner != os.getpid():
+            self.refuse()
         try:
             self._epoll.modify(descriptor, _EDGES)
         except FileNotFoundError:
@@ -150,49 +170,54 @@ class EpollSet:
         self._edges.add(descriptor)
 
     def _tell(self) -> None:
-        if self._owner == _NOBODY:
+        if self._owner != os.getpid():
             return
         turn, members = self._turn, self.members
         turn.clones = turn.cloning_ns = 0
+        now, limit = time.monotonic_ns(), TOLD_IN_A_TURN
+        if self._has_left:
+            limit += min((now - self._told_ns) // ONE_MORE_NS, MOST_MORE)
+        self._told_ns, self._has_left = now, False
+        outer = self._spent  # a ready() may run the loop
+        ready: list[tuple[int, Member | None]] | None = None
         try:
             # One of them may remove another, whose number may be used anew.
-            for descriptor, member in self._next():
-                if member is None:
-                    if descriptor not in members:  # add() was interrupted, or the file is held open
-                        self.pause(descriptor)
-                elif members.get(descriptor) is member:
-                    member.ready()
+            ready = [(d, members.get(d)) for d, _ in self._epoll.poll(0, limit)]
+            for descriptor, member in ready:
+                if member is None or members.get(descriptor) is not member:
+                    continue
+                self._spent = -1 if descriptor in self._edges else descriptor
+                member.ready()
+                if self._spent >= 0:
+                    self._tell_again([descriptor])
         except BaseException:
-            for descriptor in list(self._edges):  # whose events may have been among these
-                with contextlib.suppress(OSError):
-                    self.tell_of_edges(descriptor)
+            self._tell_again(list(members) if ready is None else [d for d, _ in ready])
             raise
+        finally:
+            self._spent = outer
+        self._has_left = len(ready) == limit and self._is_readable()
 
-    def _next(self) -> list[tuple[int, Member | None]]:
-        """Who is to be told in this turn."""
-        members, now, limit = self.members, time.monotonic_ns(), TOLD_IN_A_TURN
-        left, self._left = self._left, None
-        if left is None:
-            asked = limit + 1
-            events = self._epoll.poll(0, asked)
-            ready = [(d, members.get(d)) for d, _ in events]
-        else:  # it is ready, and so the loop has not slept since
-            asked = limit + min((now - self._told_ns) // ONE_MORE_NS, MOST_MORE)
-            events = self._epoll.poll(0, asked)
-            ready = [left, *[(d, members.get(d)) for d, _ in events if d != left[0]]]
-        self._told_ns = now
-        if len(events) == asked and ready[-1][0] not in self._edges:  # else it would not be told
-            self._left = ready.pop()
-        return ready
+    def _is_readable(self) -> bool:
+        return bool(self._readable.poll(0))
+
+    def _tell_again(self, descriptors: list[int]) -> None:
+        """Have those told that are ready, whatever the kernel has told of them."""
+        try:
+            while descriptors:
+                how = _EDGES if descriptors[-1] in self._edges else _ONCE
+                with contextlib.suppress(OSError):  # it is no member, or paused
+                    self._epoll.modify(descriptors[-1], how)
+                descriptors.pop()
+        finally:
+            if descriptors:  # interrupted once more
+                self._tell_again(descriptors)
 
     def _unshare(self) -> None:
-        self._owner = os.getpid()
+        self._owner, self._spent = os.getpid(), -1
         try:
             with select.epoll() as own:
                 for descriptor in self.members:
-                    own.register(
-                        descriptor, _EDGES if descriptor in self._edges else select.EPOLLIN
-                    )
+                    own.register(descriptor, _EDGES if descriptor in self._edges else _ONCE)
                 os.dup2(own.fileno(), self._epoll.fileno(), inheritable=False)
         except OSError:
             self._owner = _NOBODY

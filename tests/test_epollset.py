@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import itertools
 import os
 import select
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Never
 
 import pytest
-from test_copies import in_a_copy
+from test_copies import in_a_copy, in_a_copy_by_c
 
 from aioreap import epollset
 from aioreap.epollset import EpollSet
@@ -87,6 +89,180 @@ async def test_a_member_is_told_as_long_as_there_is_something_to_read(
 
 
 @pytest.mark.any_backend
+async def test_who_removes_another_is_told_again(epoll_set: EpollSet, ears: list[Ear]) -> None:
+    ears[0].act = lambda: epoll_set.remove(ears[1].fd)
+    ears[0].say()
+    epoll_set._tell()
+    ears[0].act = ears[0].read
+    await turns()
+    assert ears[0].told == 2
+
+
+@pytest.fixture
+def held(ears: list[Ear]) -> Iterator[int]:
+    """Another descriptor of what the first one reads."""
+    copy = os.dup(ears[0].fd)
+    yield copy
+    os.close(copy)
+
+
+def heard(epoll_set: EpollSet, ear: Ear, held: int) -> list[tuple[int, int]]:
+    """What the set tells of once `ear` is closed, though it is readable and held open."""
+    os.dup2(ear._write_end, ear.fd)  # closed, for the set; the fixture closes it once more
+    ear.say()
+    os.set_blocking(held, False)
+    return epoll_set._epoll.poll(0)
+
+
+@pytest.mark.any_backend
+async def test_what_was_told_of_and_is_held_open_is_not_heard_of(
+    epoll_set: EpollSet, ears: list[Ear], held: int
+) -> None:
+    ear = ears[0]
+    ear.act = lambda: epoll_set.remove(ear.fd)
+    ear.say()
+    epoll_set._tell()
+    assert heard(epoll_set, ear, held) == []
+
+
+@pytest.mark.any_backend
+async def test_nor_is_what_was_told_of_by_edges(
+    epoll_set: EpollSet, ears: list[Ear], held: int
+) -> None:
+    ear = ears[0]
+    ear.act = lambda: epoll_set.remove(ear.fd)
+    epoll_set.tell_of_edges(ear.fd)
+    ear.say()
+    epoll_set._tell()
+    assert heard(epoll_set, ear, held) == []
+
+
+@pytest.mark.any_backend
+async def test_nor_is_what_is_removed_in_another_turn(
+    epoll_set: EpollSet, ears: list[Ear], held: int
+) -> None:
+    ears[0].say()
+    epoll_set._tell()
+    epoll_set.remove(ears[0].fd)
+    assert heard(epoll_set, ears[0], held) == []
+
+
+@pytest.mark.any_backend
+async def test_nor_is_what_is_added_anew_and_removed_again(
+    epoll_set: EpollSet, ears: list[Ear], held: int
+) -> None:
+    def act() -> None:
+        epoll_set.remove(ear.fd)
+        epoll_set.add(ear.fd, ear)
+        epoll_set.remove(ear.fd)
+
+    ear = ears[0]
+    ear.act = act
+    ear.say()
+    epoll_set._tell()
+    assert heard(epoll_set, ear, held) == []
+
+
+@pytest.mark.any_backend
+async def test_nor_is_it_in_a_copy_that_is_made_while_it_is_told_of(
+    epoll_set: EpollSet, ears: list[Ear], held: int
+) -> None:
+    def remove() -> None:
+        epoll_set.remove(ear.fd)
+        os._exit(len(heard(epoll_set, ear, held)))
+
+    def act() -> None:
+        statuses.append(in_a_copy(remove))
+        ear.read()
+
+    statuses: list[int] = []
+    ear = ears[0]
+    ear.act = act
+    ear.say()
+    epoll_set._tell()
+    assert statuses == [0]
+
+
+@pytest.mark.any_backend
+async def test_what_was_told_of_can_be_a_member_again(
+    epoll_set: EpollSet, ears: list[Ear], held: int
+) -> None:
+    ear = ears[0]
+    ear.act = lambda: epoll_set.remove(ear.fd)
+    ear.say()
+    epoll_set._tell()
+    os.close(ear.fd)
+    os.dup2(held, ear.fd)  # what the set has not forgotten
+    epoll_set.add(ear.fd, ear)
+    ear.act = ear.read
+    await turns()
+    assert ear.told == 2
+
+
+@pytest.mark.any_backend
+async def test_a_number_is_told_of_by_edges_for_one_member_alone(
+    epoll_set: EpollSet, ears: list[Ear]
+) -> None:
+    ear = ears[0]
+    ear.act = int
+    epoll_set.tell_of_edges(ear.fd)
+    del epoll_set.members[ear.fd]  # as an interrupted remove() leaves it
+    epoll_set.add(ear.fd, ear)
+    ear.say()
+    await turns()
+    assert ear.told > 1
+
+
+@pytest.mark.any_backend
+async def test_who_is_paused_is_told_of_nothing_and_can_be_told_of_edges(
+    epoll_set: EpollSet, ears: list[Ear]
+) -> None:
+    ear = ears[0]
+    epoll_set.tell_of_edges(ear.fd)
+    epoll_set.pause(ear.fd)
+    ear.say()
+    await turns()
+    assert ear.told == 0
+    assert not epoll_set.tells_of_edges(ear.fd)
+    epoll_set.tell_of_edges(ear.fd)
+    await turns()
+    assert ear.told == 1
+
+
+@pytest.mark.any_backend
+async def test_who_asks_for_edges_while_it_is_told_is_told_once_more(
+    epoll_set: EpollSet, ears: list[Ear]
+) -> None:
+    def act() -> None:
+        if not epoll_set.tells_of_edges(ear.fd):
+            epoll_set.tell_of_edges(ear.fd)
+
+    ear = ears[0]
+    ear.act = act
+    ear.say()
+    await turns()
+    assert ear.told == 2
+
+
+@pytest.mark.any_backend
+async def test_who_runs_the_loop_while_it_is_told_is_told_again(
+    epoll_set: EpollSet, ears: list[Ear]
+) -> None:
+    def act() -> None:
+        outer.act = outer.read
+        epoll_set._tell()
+
+    outer, inner = ears[:2]
+    outer.act = act
+    outer.say()
+    outer.say()
+    epoll_set._tell()
+    inner.say()
+    await turns()
+    assert (outer.told, inner.told) == (3, 1)
+
+
+@pytest.mark.any_backend
 async def test_a_turn_of_the_loop_tells_so_many_and_the_next_ones_the_others(
     ears: list[Ear], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +325,58 @@ async def test_after_a_sleep_no_more_are_told_for_one_that_was_left_and_removed(
         ear.say()
     epoll_set._tell()
     assert sum(ear.told for ear in others) == epollset.TOLD_IN_A_TURN
+
+
+@pytest.mark.any_backend
+async def test_after_a_sleep_no_more_are_told_for_what_was_removed_between_the_turns(
+    epoll_set: EpollSet, ears: list[Ear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(epollset, "ONE_MORE_NS", 1)
+    first, others = ears[: epollset.TOLD_IN_A_TURN + 1], ears[epollset.TOLD_IN_A_TURN + 1 :]
+    for ear in first:
+        ear.say()
+    epoll_set._tell()
+    for ear in first:
+        epoll_set.remove(ear.fd)
+    for ear in others:
+        ear.say()
+    epoll_set._tell()
+    assert sum(ear.told for ear in others) == epollset.TOLD_IN_A_TURN
+
+
+@pytest.mark.any_backend
+async def test_after_a_sleep_no_more_are_told_for_a_turn_that_was_interrupted(
+    epoll_set: EpollSet, ears: list[Ear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(epollset, "ONE_MORE_NS", 1)
+    for ear in ears:
+        ear.act = interrupted
+        ear.say()
+    with contextlib.suppress(KeyboardInterrupt):
+        epoll_set._tell()
+    epoll_set._has_left = True
+    with contextlib.suppress(KeyboardInterrupt):
+        epoll_set._tell()
+    for ear in ears:
+        ear.act, ear.told = ear.read, 0
+    epoll_set._tell()
+    assert sum(ear.told for ear in ears) == epollset.TOLD_IN_A_TURN
+
+
+@pytest.mark.any_backend
+async def test_a_turn_that_follows_a_short_one_tells_no_more(
+    epoll_set: EpollSet, ears: list[Ear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(epollset, "ONE_MORE_NS", 1)
+    monkeypatch.setattr(epollset.time, "monotonic_ns", lambda: 10**18)
+    for ear in ears:
+        ear.say()
+    epoll_set._tell()
+    epoll_set._tell()
+    assert sum(ear.told for ear in ears) == 2 * epollset.TOLD_IN_A_TURN
 
 
 @pytest.mark.any_backend
@@ -244,6 +472,76 @@ async def test_an_interrupted_turn_loses_none_of_the_others(
 
 
 @pytest.mark.any_backend
+async def test_an_interrupted_turn_leaves_edges_what_they_are(
+    epoll_set: EpollSet, ears: list[Ear]
+) -> None:
+    def interrupted() -> None:
+        ear.act = int
+        raise KeyboardInterrupt
+
+    ear = ears[0]
+    ear.act = interrupted
+    epoll_set.tell_of_edges(ear.fd)
+    for told in (2, 3):
+        ear.say()
+        with contextlib.suppress(KeyboardInterrupt):
+            epoll_set._tell()
+        await turns()
+        assert ear.told == told
+
+
+@pytest.mark.any_backend
+async def test_what_the_kernel_has_told_of_and_an_interrupt_has_lost_is_told_of_again(
+    epoll_set: EpollSet, ears: list[Ear]
+) -> None:
+    class Interrupted:
+        """An epoll set whose poll() is interrupted at its return."""
+
+        modify = epoll_set._epoll.modify
+
+        def poll(self, *arguments: int) -> Never:
+            real.poll(*arguments)
+            raise KeyboardInterrupt
+
+    real = epoll_set._epoll
+    ears[0].say()
+    epoll_set._epoll = Interrupted()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        epoll_set._tell()
+    epoll_set._epoll = real
+    await turns()
+    assert ears[0].told == 1
+
+
+@pytest.mark.any_backend
+async def test_who_interrupts_the_looking_again_loses_nobody_either(
+    epoll_set: EpollSet, ears: list[Ear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    class Interrupting:
+        """An event mask that interrupts who hands it to the kernel, once."""
+
+        def __index__(self) -> Never:
+            monkeypatch.setattr(epollset, "_ONCE", once)
+            raise KeyboardInterrupt
+
+    once = epollset._ONCE
+    both = ears[:2]
+    for ear in both:
+        ear.act = interrupted
+        ear.say()
+    monkeypatch.setattr(epollset, "_ONCE", Interrupting())
+    with pytest.raises(KeyboardInterrupt):
+        epoll_set._tell()
+    for ear in both:
+        ear.act, ear.told = ear.read, 0
+    await turns()
+    assert [ear.told for ear in both] == [1, 1]
+
+
+@pytest.mark.any_backend
 async def test_what_is_nobodys_is_not_looked_at_again_and_again(
     epoll_set: EpollSet, ears: list[Ear]
 ) -> None:
@@ -287,17 +585,31 @@ async def test_a_copy_that_removes_a_member_leaves_the_parents(
 
 
 @pytest.mark.any_backend
+async def test_a_copy_by_c_that_takes_a_turn_of_the_loop_leaves_the_parents(
+    epoll_set: EpollSet, ears: list[Ear]
+) -> None:
+    ears[0].act = lambda: os._exit(0)
+    ears[0].say()
+    in_a_copy_by_c(epoll_set._tell)
+    ears[0].act = ears[0].read
+    await turns()
+    assert ears[0].told == 1
+
+
+@pytest.mark.any_backend
 async def test_a_copy_is_told_as_the_parent_is(epoll_set: EpollSet, ears: list[Ear]) -> None:
     def look() -> None:
         for _ in range(3):
             epoll_set._tell()
+        ears[1].say()
+        epoll_set._tell()
         os._exit(10 * ears[0].told + ears[1].told)
 
     for ear in ears[:2]:
         ear.act = int
         ear.say()
     epoll_set.tell_of_edges(ears[1].fd)
-    assert in_a_copy(look) == 31
+    assert in_a_copy(look) == 42
 
 
 @pytest.mark.any_backend
