@@ -83,7 +83,7 @@ def catalogue(scale: Scale) -> tuple[Workload, ...]:
         Workload(
             "thread",
             "c",
-            some,
+            most,
             ("aioreap", "asyncio", "anyio", "threads", "calls"),
             (Table("the loop's thread held, per child", "µs", levels),),
         ),
