@@ -3,15 +3,11 @@
 It is the loop's one reader for them. Caveats, each shown by tests/test_epollset.py:
 
 * An epoll set is shared with forked copies of the program: one that removes what
-  it inherits, or takes an event, makes the parent deaf. A copy gets a set of its own
-  at the fork; one that C has forked, of which Python is not told, gets none, and
-  leaves the parent's as it is.
-* Who is told is told once (EPOLLONESHOT), and again if it still is a member then.
-  Most are not, and what was told of needs no removal: the kernel forgets it when it
-  is closed. Who else has it open, as a child before its exec, may keep it in the set
-  for longer, and nobody hears of that.
-* An exception in the midst of several, as KeyboardInterrupt, loses none of the
-  others: they are looked at again.
+  it inherits makes the parent deaf. A copy gets a set of its own at the fork; one
+  that C has forked, of which Python is not told, leaves the parent's as it is.
+* Members are level-triggered, so that an exception in the midst of several, as
+  KeyboardInterrupt, loses none of the others. One that has to be edge-triggered is
+  looked at again.
 """
 
 from __future__ import annotations
@@ -38,7 +34,6 @@ MOST_MORE: Final = 64
 
 # Whose a set is in a forked copy that could not get one of its own.
 _NOBODY: Final = -1
-_ONCE: Final = select.EPOLLIN | select.EPOLLONESHOT
 _EDGES: Final = select.EPOLLIN | select.EPOLLET
 
 
@@ -88,14 +83,10 @@ class EpollSet:
         self._take_members = take_members
         self._owner = os.getpid()
         self._edges: set[int] = set()
-        # That of the member which is being told: of it the kernel tells no more.
-        self._spent = -1
-        # When the last turn was, and whether some are ready since: the loop has not slept then.
+        # The one too many of the last turn: told first, as it stands last in the kernel's list.
+        self._left: tuple[int, Member | None] | None = None
         self._told_ns = 0
-        self._has_left = False
         self._epoll = select.epoll()
-        self._readable = select.poll()
-        self._readable.register(self._epoll, select.POLLIN)
         try:
             # An empty context: that of the task which comes first is not that of all others.
             contextvars.Context().run(loop.add_reader, self._epoll.fileno(), self._tell)
@@ -116,40 +107,29 @@ class EpollSet:
                 a set of this copy's own (EMFILE).
         """
         if self._owner == _NOBODY:
-            self.refuse()
-        self._edges.discard(descriptor)
-        try:
-            self._epoll.register(descriptor, _ONCE)
-        except FileExistsError:  # it was told of before, and somebody has kept it open
-            self._epoll.modify(descriptor, _ONCE)
+            self._refuse()
+        self._epoll.register(descriptor, select.EPOLLIN)
         self.members[descriptor] = member
 
-    def is_of(self, process: int) -> bool:
-        """Whether it is of the process with this id, and not of one that this is a copy of."""
-        return self._owner == process
-
-    def refuse(self) -> NoReturn:
-        """Raise what add() raises in a copy without a set of its own."""
-        raise OSError(errno.EMFILE, "this forked copy has no epoll set of its own")
+    def _refuse(self) -> NoReturn:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     def remove(self, descriptor: int) -> None:
         """Forget the member; the descriptor can be closed after this."""
-        if self.members.pop(descriptor, None) is None:
-            return
-        if descriptor == self._spent:
-            self._spent = -1
-        else:
+        if self.members.pop(descriptor, None) is not None:
             self.pause(descriptor)
 
     def pause(self, descriptor: int) -> None:
         """Keep the member, and tell it nothing."""
         self._edges.discard(descriptor)
+        if self._left is not None and self._left[0] == descriptor:
+            self._left = None
         if self._owner != os.getpid():
             return
-        with contextlib.suppress(OSError):  # it is not told of anything now
+        try:  # noqa: SIM105 - twice for each child, and suppress() takes three calls
             self._epoll.unregister(descriptor)
-        if self._has_left:  # maybe this one alone
-            self._has_left = self._is_readable()
+        except OSError:  # it is not told of anything now
+            pass
 
     def tells_of_edges(self, descriptor: int) -> bool:
         """Whether tell_of_edges() is in force for it."""
@@ -161,8 +141,8 @@ class EpollSet:
         Raises:
             OSError: as add().
         """
-        if self._owner != os.getpid():
-            self.refuse()
+        if self._owner == _NOBODY:
+            self._refuse()
         try:
             self._epoll.modify(descriptor, _EDGES)
         except FileNotFoundError:
@@ -170,54 +150,49 @@ class EpollSet:
         self._edges.add(descriptor)
 
     def _tell(self) -> None:
-        if self._owner != os.getpid():
+        if self._owner == _NOBODY:
             return
         turn, members = self._turn, self.members
         turn.clones = turn.cloning_ns = 0
-        now, limit = time.monotonic_ns(), TOLD_IN_A_TURN
-        if self._has_left:
-            limit += min((now - self._told_ns) // ONE_MORE_NS, MOST_MORE)
-        self._told_ns, self._has_left = now, False
-        outer = self._spent  # a ready() may run the loop
-        ready: list[tuple[int, Member | None]] | None = None
         try:
             # One of them may remove another, whose number may be used anew.
-            ready = [(d, members.get(d)) for d, _ in self._epoll.poll(0, limit)]
-            for descriptor, member in ready:
-                if member is None or members.get(descriptor) is not member:
-                    continue
-                self._spent = -1 if descriptor in self._edges else descriptor
-                member.ready()
-                if self._spent >= 0:
-                    self._tell_again([descriptor])
+            for descriptor, member in self._next():
+                if member is None:
+                    if descriptor not in members:  # add() was interrupted, or the file is held open
+                        self.pause(descriptor)
+                elif members.get(descriptor) is member:
+                    member.ready()
         except BaseException:
-            self._tell_again(list(members) if ready is None else [d for d, _ in ready])
+            for descriptor in list(self._edges):  # whose events may have been among these
+                with contextlib.suppress(OSError):
+                    self.tell_of_edges(descriptor)
             raise
-        finally:
-            self._spent = outer
-        self._has_left = len(ready) == limit and self._is_readable()
 
-    def _is_readable(self) -> bool:
-        return bool(self._readable.poll(0))
-
-    def _tell_again(self, descriptors: list[int]) -> None:
-        """Have those told that are ready, whatever the kernel has told of them."""
-        try:
-            while descriptors:
-                how = _EDGES if descriptors[-1] in self._edges else _ONCE
-                with contextlib.suppress(OSError):  # it is no member, or paused
-                    self._epoll.modify(descriptors[-1], how)
-                descriptors.pop()
-        finally:
-            if descriptors:  # interrupted once more
-                self._tell_again(descriptors)
+    def _next(self) -> list[tuple[int, Member | None]]:
+        """Who is to be told in this turn."""
+        members, now, limit = self.members, time.monotonic_ns(), TOLD_IN_A_TURN
+        left, self._left = self._left, None
+        if left is None:
+            asked = limit + 1
+            events = self._epoll.poll(0, asked)
+            ready = [(d, members.get(d)) for d, _ in events]
+        else:  # it is ready, and so the loop has not slept since
+            asked = limit + min((now - self._told_ns) // ONE_MORE_NS, MOST_MORE)
+            events = self._epoll.poll(0, asked)
+            ready = [left, *[(d, members.get(d)) for d, _ in events if d != left[0]]]
+        self._told_ns = now
+        if len(events) == asked and ready[-1][0] not in self._edges:  # else it would not be told
+            self._left = ready.pop()
+        return ready
 
     def _unshare(self) -> None:
-        self._owner, self._spent = os.getpid(), -1
+        self._owner = os.getpid()
         try:
             with select.epoll() as own:
                 for descriptor in self.members:
-                    own.register(descriptor, _EDGES if descriptor in self._edges else _ONCE)
+                    own.register(
+                        descriptor, _EDGES if descriptor in self._edges else select.EPOLLIN
+                    )
                 os.dup2(own.fileno(), self._epoll.fileno(), inheritable=False)
         except OSError:
             self._owner = _NOBODY

@@ -95,7 +95,6 @@ class Child:
 
     Attributes:
         pid: its process id.
-        owner: the process that made it, which may be one that this is a forked copy of.
         pidfd: the pidfd that came from its clone; closed at its exit and -1 from then on.
         leads_group: whether it was started as the leader of a process group of its own.
         status: what the kernel has said of its end, maybe before the loop was told; None: nothing.
@@ -121,7 +120,7 @@ class Child:
         self.leads_group = leads_group
         self.started_ns = started_ns
         self._reap = reap
-        self.owner: int = os.getpid()
+        self._owner = os.getpid()
         self._callbacks: list[Callable[[Child], object]] = []
         # No defaults of the class: on Python 3.12 and 3.13 they make each access slower.
         self.status: kernel.ExitStatus | None = None
@@ -147,7 +146,7 @@ class Child:
     @property
     def is_copy(self) -> bool:
         """Whether this process is a forked copy of the one that made the child."""
-        return self.owner != os.getpid()
+        return self._owner != os.getpid()
 
     def ready(self) -> None:
         """Its pidfd is readable: ask for its exit info, and settle it, or ask again."""
@@ -535,10 +534,6 @@ class ChildWatcher:
         epoll_set = None if self._epoll_set is None else self._epoll_set()
         if epoll_set is None:
             epoll_set = self.open_set()
-        if not epoll_set.is_of(
-            child.owner
-        ):  # the loop is that of a process which this is a copy of
-            epoll_set.refuse()
         epoll_set.add(child.pidfd, child)
         child._watcher = self
         return epoll_set

@@ -6,16 +6,13 @@ import asyncio
 import os
 import select
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from benchmarks.peers import AsyncioPeer, check
 
 __all__ = ["CallsPeer"]
 
 _T = TypeVar("_T")
-
-# Whoever is told is told once: what is closed then needs no removal.
-_ONCE: Final = select.EPOLLIN | select.EPOLLONESHOT
 
 
 class CallsPeer(AsyncioPeer):
@@ -49,15 +46,14 @@ class CallsPeer(AsyncioPeer):
     def _tell(self) -> None:
         for descriptor, _ in self._epoll.poll(0, self._told_in_a_turn):
             self._told[descriptor](descriptor)
-            if descriptor in self._told:  # too early
-                self._epoll.modify(descriptor, _ONCE)
 
     def _watch(self, descriptor: int, tell: Callable[[int], None]) -> None:
         self._told[descriptor] = tell
-        self._epoll.register(descriptor, _ONCE)
+        self._epoll.register(descriptor, select.EPOLLIN)
 
     def _close(self, descriptor: int) -> None:
         del self._told[descriptor]
+        self._epoll.unregister(descriptor)
         os.close(descriptor)
 
     async def spawn(self, *command: str) -> None:
