@@ -4,7 +4,7 @@ It is the loop's one reader for them. Caveats, each shown by tests/test_epollset
 
 * An epoll set is shared with forked copies of the program: one that removes what
   it inherits makes the parent deaf. A copy gets a set of its own at the fork; one
-  that C has forked, of which Python is not told, leaves the parent's as it is.
+  that C has forked, of which Python is not told, takes nothing out of the parent's.
 * Members are level-triggered, so that an exception in the midst of several, as
   KeyboardInterrupt, loses none of the others. One that has to be edge-triggered is
   looked at again.

@@ -68,6 +68,15 @@ async def turns(count: int = 20) -> None:
         await asyncio.sleep(0)
 
 
+def told_in_one_turn(epoll_set: EpollSet, ears: list[Ear]) -> int:
+    """How many of these are told in one turn, if all have something to read."""
+    for ear in ears:
+        ear.told = 0
+        ear.say()
+    epoll_set._tell()
+    return sum(ear.told for ear in ears)
+
+
 @pytest.mark.any_backend
 async def test_a_member_is_told_as_long_as_there_is_something_to_read(
     epoll_set: EpollSet, ears: list[Ear]
@@ -99,77 +108,60 @@ async def test_who_removes_another_is_told_again(epoll_set: EpollSet, ears: list
 
 
 @pytest.fixture
-def held(ears: list[Ear]) -> Iterator[int]:
-    """Another descriptor of what the first one reads."""
+def held(ears: list[Ear]) -> Iterator[None]:
+    """Somebody else holds open what the first one reads."""
     copy = os.dup(ears[0].fd)
-    yield copy
+    yield
     os.close(copy)
 
 
-def heard(epoll_set: EpollSet, ear: Ear, held: int) -> list[tuple[int, int]]:
+def heard(epoll_set: EpollSet, ear: Ear) -> list[tuple[int, int]]:
     """What the set tells of once `ear` is closed, though it is readable and held open."""
     os.dup2(ear._write_end, ear.fd)  # closed, for the set; the fixture closes it once more
     ear.say()
-    os.set_blocking(held, False)
     return epoll_set._epoll.poll(0)
 
 
 @pytest.mark.any_backend
+@pytest.mark.usefixtures("held")
 async def test_what_was_told_of_and_is_held_open_is_not_heard_of(
-    epoll_set: EpollSet, ears: list[Ear], held: int
+    epoll_set: EpollSet, ears: list[Ear]
 ) -> None:
     ear = ears[0]
     ear.act = lambda: epoll_set.remove(ear.fd)
     ear.say()
     epoll_set._tell()
-    assert heard(epoll_set, ear, held) == []
+    assert heard(epoll_set, ear) == []
 
 
 @pytest.mark.any_backend
-async def test_nor_is_what_was_told_of_by_edges(
-    epoll_set: EpollSet, ears: list[Ear], held: int
-) -> None:
+@pytest.mark.usefixtures("held")
+async def test_nor_is_what_was_told_of_by_edges(epoll_set: EpollSet, ears: list[Ear]) -> None:
     ear = ears[0]
     ear.act = lambda: epoll_set.remove(ear.fd)
     epoll_set.tell_of_edges(ear.fd)
     ear.say()
     epoll_set._tell()
-    assert heard(epoll_set, ear, held) == []
+    assert heard(epoll_set, ear) == []
 
 
 @pytest.mark.any_backend
-async def test_nor_is_what_is_removed_in_another_turn(
-    epoll_set: EpollSet, ears: list[Ear], held: int
-) -> None:
+@pytest.mark.usefixtures("held")
+async def test_nor_is_what_is_removed_in_another_turn(epoll_set: EpollSet, ears: list[Ear]) -> None:
     ears[0].say()
     epoll_set._tell()
     epoll_set.remove(ears[0].fd)
-    assert heard(epoll_set, ears[0], held) == []
+    assert heard(epoll_set, ears[0]) == []
 
 
 @pytest.mark.any_backend
-async def test_nor_is_what_is_added_anew_and_removed_again(
-    epoll_set: EpollSet, ears: list[Ear], held: int
-) -> None:
-    def act() -> None:
-        epoll_set.remove(ear.fd)
-        epoll_set.add(ear.fd, ear)
-        epoll_set.remove(ear.fd)
-
-    ear = ears[0]
-    ear.act = act
-    ear.say()
-    epoll_set._tell()
-    assert heard(epoll_set, ear, held) == []
-
-
-@pytest.mark.any_backend
+@pytest.mark.usefixtures("held")
 async def test_nor_is_it_in_a_copy_that_is_made_while_it_is_told_of(
-    epoll_set: EpollSet, ears: list[Ear], held: int
+    epoll_set: EpollSet, ears: list[Ear]
 ) -> None:
     def remove() -> None:
         epoll_set.remove(ear.fd)
-        os._exit(10 + len(heard(epoll_set, ear, held)))
+        os._exit(10 + len(heard(epoll_set, ear)))
 
     def act() -> None:
         statuses.append(in_a_copy(remove))
@@ -181,22 +173,6 @@ async def test_nor_is_it_in_a_copy_that_is_made_while_it_is_told_of(
     ear.say()
     epoll_set._tell()
     assert statuses == [10]
-
-
-@pytest.mark.any_backend
-async def test_what_was_told_of_can_be_a_member_again(
-    epoll_set: EpollSet, ears: list[Ear], held: int
-) -> None:
-    ear = ears[0]
-    ear.act = lambda: epoll_set.remove(ear.fd)
-    ear.say()
-    epoll_set._tell()
-    os.close(ear.fd)
-    os.dup2(held, ear.fd)  # what the set has not forgotten
-    epoll_set.add(ear.fd, ear)
-    ear.act = ear.read
-    await turns()
-    assert ear.told == 2
 
 
 @pytest.mark.any_backend
@@ -267,11 +243,7 @@ async def test_a_turn_after_a_sleep_tells_no_more(
     for ear in ears[: epollset.TOLD_IN_A_TURN]:
         ear.say()
     await turns()
-    for ear in ears:
-        ear.told = 0
-        ear.say()
-    epoll_set._tell()
-    assert sum(ear.told for ear in ears) == epollset.TOLD_IN_A_TURN
+    assert told_in_one_turn(epoll_set, ears) == epollset.TOLD_IN_A_TURN
 
 
 @pytest.mark.any_backend
@@ -289,10 +261,7 @@ async def test_after_a_sleep_no_more_are_told_for_one_that_was_left_and_removed(
         ear.say()
     await turns()
     assert sum(ear.told for ear in first) == 1
-    for ear in others:
-        ear.say()
-    epoll_set._tell()
-    assert sum(ear.told for ear in others) == epollset.TOLD_IN_A_TURN
+    assert told_in_one_turn(epoll_set, others) == epollset.TOLD_IN_A_TURN
 
 
 @pytest.mark.any_backend
@@ -301,15 +270,10 @@ async def test_after_a_sleep_no_more_are_told_for_what_was_removed_between_the_t
 ) -> None:
     monkeypatch.setattr(epollset, "ONE_MORE_NS", 1)
     first, others = ears[: epollset.TOLD_IN_A_TURN + 1], ears[epollset.TOLD_IN_A_TURN + 1 :]
-    for ear in first:
-        ear.say()
-    epoll_set._tell()
+    told_in_one_turn(epoll_set, first)
     for ear in first:
         epoll_set.remove(ear.fd)
-    for ear in others:
-        ear.say()
-    epoll_set._tell()
-    assert sum(ear.told for ear in others) == epollset.TOLD_IN_A_TURN
+    assert told_in_one_turn(epoll_set, others) == epollset.TOLD_IN_A_TURN
 
 
 @pytest.mark.any_backend
@@ -318,9 +282,7 @@ async def test_a_turn_that_follows_a_short_one_tells_no_more(
 ) -> None:
     monkeypatch.setattr(epollset, "ONE_MORE_NS", 1)
     monkeypatch.setattr(epollset.time, "monotonic_ns", lambda: 10**18)
-    for ear in ears:
-        ear.say()
-    epoll_set._tell()
+    told_in_one_turn(epoll_set, ears)
     epoll_set._tell()
     assert sum(ear.told for ear in ears) == 2 * epollset.TOLD_IN_A_TURN
 
@@ -443,8 +405,6 @@ async def test_what_the_kernel_has_told_of_and_an_interrupt_has_lost_is_told_of_
     class Interrupted:
         """An epoll set whose poll() is interrupted at its return."""
 
-        modify = epoll_set._epoll.modify
-
         def poll(self, *arguments: int) -> Never:
             real.poll(*arguments)
             raise KeyboardInterrupt
@@ -493,10 +453,11 @@ async def test_who_has_a_number_anew_is_not_told_of_what_it_was(
 
 
 @pytest.mark.any_backend
+@pytest.mark.parametrize("copied", [in_a_copy, in_a_copy_by_c])
 async def test_a_copy_that_removes_a_member_leaves_the_parents(
-    epoll_set: EpollSet, ears: list[Ear]
+    epoll_set: EpollSet, ears: list[Ear], copied: Callable[[Callable[[], object]], object]
 ) -> None:
-    in_a_copy(lambda: epoll_set.remove(ears[0].fd))
+    copied(lambda: epoll_set.remove(ears[0].fd))
     ears[0].say()
     await turns()
     assert ears[0].told == 1
