@@ -40,7 +40,7 @@ _ProtocolT = TypeVar("_ProtocolT", bound=asyncio.BaseProtocol)
 
 def _prepare(
     loop: asyncio.AbstractEventLoop,
-    protocol: _ProtocolT,
+    protocol: asyncio.BaseProtocol | None,
     command: tuple[Any, ...],
     stdio: tuple[Stdio, Stdio, Stdio],
     options: Any,
@@ -110,8 +110,23 @@ class Process(asyncio.subprocess.Process):
     """
 
     _transport: SubprocessTransport
-    _protocol: asyncio.SubprocessProtocol
+    _protocol: asyncio.SubprocessProtocol | None
     _loop: asyncio.AbstractEventLoop
+
+    def __init__(
+        self,
+        transport: SubprocessTransport,
+        protocol: asyncio.subprocess.SubprocessStreamProtocol | None,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        if protocol is not None:
+            super().__init__(transport, protocol, loop)
+            return
+        self._transport = transport
+        self._protocol = None
+        self._loop = loop
+        self.stdin = self.stdout = self.stderr = None
+        self.pid = transport.get_pid()
 
     @classmethod
     def of(cls, process: asyncio.subprocess.Process) -> Process:
@@ -295,6 +310,9 @@ class Process(asyncio.subprocess.Process):
         Raises:
             ExitStatusLost: as wait_exit().
         """
+        if self._protocol is None:
+            await self._transport.wait_exit()
+            return cast("tuple[bytes, bytes]", (None, None))
         if not isinstance(self._protocol, asyncio.subprocess.SubprocessStreamProtocol):
             return await super().communicate(input)
         collector = Collector.over(self._transport, self._protocol, self._loop)
@@ -334,13 +352,13 @@ def _prepare_process(
     limit: int,
     *,
     shell: bool,
-) -> tuple[SubprocessTransport, _StreamProtocol, asyncio.AbstractEventLoop]:
+) -> tuple[SubprocessTransport, _StreamProtocol | None, asyncio.AbstractEventLoop]:
     if PIPE in stdio[1:]:  # as in asyncio: else there is no reader
         check_limit(limit)
     if options:
         take_binary(options, shell=shell)
     loop = asyncio.get_running_loop()
-    protocol = _StreamProtocol(limit=limit, loop=loop)
+    protocol = _StreamProtocol(limit=limit, loop=loop) if PIPE in stdio else None
     transport = _prepare(loop, protocol, command, stdio, options, shell=shell)
     return transport, protocol, loop
 

@@ -44,6 +44,7 @@ _TURNS_TO_CLOSE: Final = 10
 LONGEST_TIMER: Final = 1e8
 _ABOUT_PIPES: Final = frozenset({"pipe_data_received", "pipe_connection_lost"})
 _NO_PIPES: Final[dict[int, PipeProtocol]] = {}
+_LIMIT: Final = 2**16  # bytes, of the readers that a protocol without pipes does not make
 
 # The protocols that may be told in the midst of anything, as nothing but a waiter hears of it: of
 # output, and of all. Others, and classes derived from these, have a turn of the loop for each call.
@@ -92,6 +93,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     (an ExitInfo, None until the exit) and ``'subprocess'`` (a look-alike of
     subprocess.Popen).
 
+    A child without pipes may have no `protocol`: asyncio's is made when somebody asks for it.
+
     Attributes:
         ladder: what is under way to the child's end, for all who stop it.
     """
@@ -125,7 +128,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        protocol: asyncio.SubprocessProtocol,
+        protocol: asyncio.SubprocessProtocol | None,
         plan: SpawnPlan | None,
         args: Any,
     ) -> None:
@@ -143,7 +146,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._readers: tuple[OutputReader, ...] = ()
         self._exit_waiters: tuple[asyncio.Future[None], ...] = ()
         self._output_waiters: tuple[asyncio.Future[None], ...] = ()
-        self._is_announced = False
+        self._is_announced = protocol is None
         # What happens before connection_made, to be told after it.
         self._early: tuple[tuple[Any, ...], ...] = ()
         # That of the call which starts the child, for what the protocol is told in turns.
@@ -190,11 +193,12 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 await launch.cloned()
                 await self._connect_pipes(plan.pipes)
             self._child = child = await launch.started()
-            if child.exit_info is None:
+            is_over = child.exit_info is not None
+            if not is_over:
                 child.add_exit_callback(self._child_exited)
+            if not self._is_announced:
                 self._announce()
-            else:
-                self._announce()
+            if is_over:
                 self._child_exited(child)
         except BaseException as error:
             plan.close()
@@ -268,16 +272,17 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def _announce(self, then: Callable[[], None] | None = None) -> None:
         """Call connection_made() as the loop calls it, then tell of what came before it."""
+        protocol = self.get_protocol()
         try:
-            if type(self._protocol) in _TAKE_ALL_AT_ONCE:  # and none of them changes a context
-                self._protocol.connection_made(self)
+            if type(protocol) in _TAKE_ALL_AT_ONCE:  # and none of them changes a context
+                protocol.connection_made(self)
             else:
                 self._context = contextvars.copy_context()
-                self._context.copy().run(self._protocol.connection_made, self)
+                self._context.copy().run(protocol.connection_made, self)
         except Exception as error:  # noqa: BLE001 - for the loop to handle
             self._handle("connection_made", error)
         if self._pipes and self.child.exit_info is None:
-            self._readers = adopt(self._protocol)
+            self._readers = adopt(protocol)
         if then is not None:
             then()
         self._is_announced = True
@@ -328,9 +333,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """Have the loop handle what a call of the protocol's has raised."""
         self._loop.call_exception_handler(
             {
-                "message": f"{self._protocol!r}.{name}() failed",
+                "message": f"{self.get_protocol()!r}.{name}() failed",
                 "exception": error,
-                "protocol": self._protocol,
+                "protocol": self.get_protocol(),
                 "transport": self,
             }
         )
@@ -345,7 +350,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 if name in _ABOUT_PIPES:
                     self._tell(name, *arguments)
                 else:
-                    getattr(self._protocol, name)(*arguments)
+                    getattr(self.get_protocol(), name)(*arguments)
             except Exception as error:  # noqa: BLE001 - for the loop to handle
                 self._handle(name, error)
         else:
@@ -365,7 +370,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             if not untold:  # detach() has it
                 return
             untold.popleft()
-        getattr(self._protocol, name)(*arguments)
+        getattr(self.get_protocol(), name)(*arguments)
         if self._output_waiters:
             self._wake_if_drained()
 
@@ -379,15 +384,13 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         return fd in self._pipes and not self._pipes[fd].told_of_loss
 
     def pipe_data_received(self, number: int, data: bytes) -> None:
-        if (
-            self._untold
-            or not self._is_announced
-            or type(self._protocol) not in _TAKE_OUTPUT_AT_ONCE
-        ):
+        protocol = self._protocol
+        if self._untold or not self._is_announced or type(protocol) not in _TAKE_OUTPUT_AT_ONCE:
             self._pipes[number].untold.append(data)
             self._call("pipe_data_received", number, data)
             return
-        self._protocol.pipe_data_received(number, data)
+        assert protocol is not None
+        protocol.pipe_data_received(number, data)
         if self._output_waiters:
             self._wake_if_drained()
 
@@ -395,16 +398,22 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._call("pipe_connection_lost", number, exc)
         self._try_finish()
 
-    def _child_exited(self, _child: Child) -> None:
+    def _child_exited(self, child: Child) -> None:
         if self._loop.get_debug():
             logger.info("%r exited", self)
         for reader in self._readers:
             reader.forget()
+        if self._protocol is None and not child.leads_group:
+            self._closed = self._finished = True  # as asyncio's protocol would have it
+            self._wake_who_waits_for_the_exit()
+            return
         try:
-            self._call("process_exited")
+            if self._protocol is None:
+                self.close()
+            else:
+                self._call("process_exited")
         finally:
-            if self._exit_waiters:
-                self._wake_who_waits_for_the_exit()
+            self._wake_who_waits_for_the_exit()
             self._try_finish()
 
     def _wake_who_waits_for_the_exit(self) -> None:
@@ -420,7 +429,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             return
         if not self._pipes or self.are_pipes_closed:
             self._finished = True
-            self._call("connection_lost", None)
+            if self._protocol is not None:
+                self._call("connection_lost", None)
             self._context = None  # what it holds may hold this
 
     # What brings it to its end.
@@ -519,7 +529,19 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._protocol = protocol  # type: ignore[assignment]
 
     def get_protocol(self) -> asyncio.SubprocessProtocol:
+        if self._protocol is None:
+            self._protocol = self._make_protocol()
         return self._protocol
+
+    def _make_protocol(self) -> asyncio.SubprocessProtocol:
+        """asyncio's, that has heard of what there was to hear of."""
+        protocol = asyncio.subprocess.SubprocessStreamProtocol(_LIMIT, self._loop)
+        protocol.connection_made(self)
+        if self._child is not None and self._child.exit_info is not None:
+            protocol.process_exited()
+        if self._finished:
+            protocol.connection_lost(None)
+        return protocol
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         if self._child is not None:

@@ -8,7 +8,7 @@ import gc
 import signal
 import weakref
 from asyncio.subprocess import SubprocessStreamProtocol
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -223,3 +223,84 @@ async def test_no_context_of_a_communicate_that_is_given_up_is_kept() -> None:
     kept = reference()
     await process.communicate()
     assert kept is None
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What asyncio's protocols are told, in its order."""
+
+    def note(name: str) -> None:
+        real = getattr(SubprocessStreamProtocol, name)
+
+        def noting(*arguments: Any) -> None:
+            calls.append(name)
+            real(*arguments)
+
+        monkeypatch.setattr(SubprocessStreamProtocol, name, noting)
+
+    calls: list[str] = []
+    for name in ("connection_made", "process_exited", "connection_lost"):
+        note(name)
+    return calls
+
+
+@pytest.fixture
+async def sleeper() -> AsyncIterator[aioreap.Process]:
+    """A child without pipes; it ends at a SIGTERM."""
+    async with await aioreap.create_subprocess_exec("sleep", "1000") as process:
+        yield process
+        process._transport.close()
+
+
+async def test_a_child_without_pipes_has_asyncios_protocol_when_somebody_asks(
+    sleeper: aioreap.Process, told: list[str]
+) -> None:
+    protocol = sleeper._transport.get_protocol()
+    assert isinstance(protocol, SubprocessStreamProtocol)
+    assert told == ["connection_made"]
+    sleeper.terminate()
+    assert await sleeper.wait() == -signal.SIGTERM
+    assert told == ["connection_made", "process_exited", "connection_lost"]
+    assert sleeper._transport.get_protocol() is protocol
+
+
+async def test_who_asks_for_it_after_the_exit_gets_one_that_was_told(
+    sleeper: aioreap.Process, told: list[str]
+) -> None:
+    sleeper.terminate()
+    await sleeper.wait()
+    assert isinstance(sleeper._transport.get_protocol(), SubprocessStreamProtocol)
+    assert told == ["connection_made", "process_exited", "connection_lost"]
+
+
+async def test_who_asks_for_that_of_what_was_detached_gets_one_that_lost_it(
+    sleeper: aioreap.Process, told: list[str]
+) -> None:
+    detached = sleeper.detach()
+    sleeper._transport.get_protocol()
+    assert told == ["connection_made", "connection_lost"]
+    again = await aioreap.attach(detached)
+    await again.stop()
+
+
+async def test_a_protocol_that_is_set_for_a_child_without_pipes_is_told(
+    sleeper: aioreap.Process,
+) -> None:
+    _name.set("the setter's")
+    protocol = Noting()
+    sleeper._transport.set_protocol(protocol)
+    sleeper.terminate()
+    await protocol.lost
+    assert protocol.calls == [
+        ("process_exited", "the setter's"),
+        ("connection_lost", "the setter's"),
+    ]
+
+
+@pytest.mark.parametrize("start_new_session", [False, True])
+async def test_the_transport_of_a_child_without_pipes_is_closed_by_its_exit(
+    start_new_session: bool,
+) -> None:
+    process = await aioreap.create_subprocess_exec("true", start_new_session=start_new_session)
+    await process.wait()
+    assert process._transport.is_closing()
