@@ -14,6 +14,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
@@ -303,14 +304,93 @@ clone_step(PyObject *Py_UNUSED(module), PyObject *block)
     return PyLong_FromLong((long)__atomic_load_n(&s->step, __ATOMIC_ACQUIRE));
 }
 
-static PyObject *
-clone_take(PyObject *Py_UNUSED(module), PyObject *block)
+static int
+watch(int epoll, int descriptor)
 {
+    struct epoll_event event = {.events = EPOLLIN, .data.fd = descriptor};
+    return epoll_ctl(epoll, EPOLL_CTL_ADD, descriptor, &event);
+}
+
+static PyObject *
+clone_take(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+    PyObject *block;
+    int epoll = -1;
+    if (!PyArg_ParseTuple(arguments, "O|i:take", &block, &epoll))
+        return NULL;
     struct spawn *s = PyCapsule_GetPointer(block, BLOCK_NAME);
     if (s == NULL)
         return NULL;
     s->taken = 1;
+    if (epoll < 0)
+        return none();
+    if (watch(epoll, s->pipe) < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    if (watch(epoll, s->pidfd) < 0) {
+        int error = errno;
+        epoll_ctl(epoll, EPOLL_CTL_DEL, s->pipe, NULL);
+        return raise_errno(error);
+    }
     return none();
+}
+
+static PyObject *
+clone_unwatch(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+    int epoll, owner, descriptor;
+    if (!PyArg_ParseTuple(arguments, "iii:unwatch", &epoll, &owner, &descriptor))
+        return NULL;
+    if (getpid() == owner)
+        epoll_ctl(epoll, EPOLL_CTL_DEL, descriptor, NULL);
+    return none();
+}
+
+/* In one step for Python: no signal handler comes between the number given up and the close. */
+static PyObject *
+clone_close(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+    int epoll, owner;
+    PyObject *members, *holder, *name;
+    if (!PyArg_ParseTuple(arguments, "iiO!OU:close", &epoll, &owner, &PyDict_Type, &members, &holder,
+                          &name))
+        return NULL;
+    PyObject *none_left = PyLong_FromLong(-1);
+    PyObject *number = none_left == NULL ? NULL : PyObject_GetAttr(holder, name);
+    long descriptor = number == NULL ? -1 : PyLong_AsLong(number);
+    if (descriptor >= 0 && PyObject_SetAttr(holder, name, none_left) == 0) {
+        if (PyDict_DelItem(members, number) < 0)
+            PyErr_Clear();
+        else if (getpid() == owner)
+            epoll_ctl(epoll, EPOLL_CTL_DEL, (int)descriptor, NULL);
+        close((int)descriptor);
+    }
+    Py_XDECREF(number);
+    Py_XDECREF(none_left);
+    return PyErr_Occurred() ? NULL : none();
+}
+
+static int
+ask_for_exit_info(int pidfd, struct pidfd_info *info)
+{
+    /* An empty mask says that the task vanished while the kernel was looking: the next answer is
+     * a whole one. */
+    for (int attempt = 0; attempt < 8; attempt++) {
+        memset(info, 0, sizeof *info);
+        info->mask = PIDFD_INFO_EXIT | PIDFD_INFO_CGROUPID;
+        if (ioctl(pidfd, PIDFD_GET_INFO, info) < 0)
+            return -1;
+        if (info->mask != 0)
+            break;
+    }
+    return 0;
+}
+
+static PyObject *
+exit_status(int status, const struct pidfd_info *info)
+{
+    if (info->mask & PIDFD_INFO_EXIT && info->mask & PIDFD_INFO_CGROUPID)
+        return Py_BuildValue("iK", status, (unsigned long long)info->cgroupid);
+    return Py_BuildValue("iO", status, Py_None);
 }
 
 static PyObject *
@@ -320,17 +400,17 @@ clone_reap(PyObject *Py_UNUSED(module), PyObject *argument)
     if (pidfd < 0)
         return NULL;
     siginfo_t found = {.si_pid = 0};
-    int result;
-    Py_BEGIN_ALLOW_THREADS
-    result = waitid((idtype_t)WAIT_FOR_PIDFD, (id_t)pidfd, &found, WEXITED | WNOHANG);
-    Py_END_ALLOW_THREADS
+    int result = waitid((idtype_t)WAIT_FOR_PIDFD, (id_t)pidfd, &found, WEXITED | WNOHANG);
     if (result < 0 && errno != EAGAIN) /* that of a pidfd which libuv has made non-blocking */
         return PyErr_SetFromErrno(PyExc_OSError);
     if (result < 0 || found.si_pid == 0)
         return none();
+    struct pidfd_info info;
+    if (ask_for_exit_info(pidfd, &info) < 0)
+        info.mask = 0;
     if (found.si_code == CLD_EXITED)
-        return PyLong_FromLong((found.si_status & 0xff) << 8);
-    return PyLong_FromLong(found.si_status | (found.si_code == CLD_DUMPED ? 0x80 : 0));
+        return exit_status((found.si_status & 0xff) << 8, &info);
+    return exit_status(found.si_status | (found.si_code == CLD_DUMPED ? 0x80 : 0), &info);
 }
 
 static PyObject *
@@ -340,21 +420,9 @@ clone_exit_info(PyObject *Py_UNUSED(module), PyObject *argument)
     if (pidfd < 0)
         return NULL;
     struct pidfd_info info;
-    /* An empty mask says that the task vanished while the kernel was looking: the next answer is
-     * a whole one. */
-    for (int attempt = 0; attempt < 8; attempt++) {
-        memset(&info, 0, sizeof(info));
-        info.mask = PIDFD_INFO_EXIT | PIDFD_INFO_CGROUPID;
-        if (ioctl(pidfd, PIDFD_GET_INFO, &info) < 0)
-            return PyErr_SetFromErrno(PyExc_OSError);
-        if (info.mask & PIDFD_INFO_EXIT && info.mask & PIDFD_INFO_CGROUPID)
-            return Py_BuildValue("iK", (int)info.exit_code, (unsigned long long)info.cgroupid);
-        if (info.mask & PIDFD_INFO_EXIT)
-            return Py_BuildValue("iO", (int)info.exit_code, Py_None);
-        if (info.mask != 0)
-            break;
-    }
-    return none();
+    if (ask_for_exit_info(pidfd, &info) < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    return info.mask & PIDFD_INFO_EXIT ? exit_status((int)info.exit_code, &info) : none();
 }
 
 static PyObject *
@@ -453,7 +521,9 @@ static PyMethodDef methods[] = {
     {"spawn", clone_spawn, METH_VARARGS, NULL},
     {"outcome", clone_outcome, METH_VARARGS, NULL},
     {"step", clone_step, METH_O, NULL},
-    {"take", clone_take, METH_O, NULL},
+    {"take", clone_take, METH_VARARGS, NULL},
+    {"unwatch", clone_unwatch, METH_VARARGS, NULL},
+    {"close", clone_close, METH_VARARGS, NULL},
     {"reap", clone_reap, METH_O, NULL},
     {"exit_info", clone_exit_info, METH_O, NULL},
     {"probe", clone_probe, METH_VARARGS, NULL},

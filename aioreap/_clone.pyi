@@ -1,5 +1,7 @@
 """What Python cannot do: run code between clone and exec. See _clone.c and _spawn.c."""
 
+from typing import Any
+
 class Block:
     """The memory that a child uses until its exec; opaque, given up with its last reference."""
 
@@ -62,8 +64,21 @@ def spawn(
     the program's wait status to `status`; with `pdeathsig`, `parent` is a pidfd of this process.
     """
 
-def take(block: Block, /) -> None:
-    """Own the child's pidfd and pipe from here on; until then the block does, and kills it."""
+def take(block: Block, epoll: int = ..., /) -> None:
+    """Own the child's pidfd and pipe from here on; until then the block does, and kills it.
+
+    Both are added to the epoll set `epoll` (-1: none), level-triggered and for their input, with
+    their numbers as the data. OSError: as epoll_ctl(); neither of them is in the set.
+    """
+
+def unwatch(epoll: int, owner: int, descriptor: int, /) -> None:
+    """Take a descriptor out of an epoll set, if it is in it and this process is `owner`."""
+
+def close(epoll: int, owner: int, members: dict[int, Any], holder: object, name: str, /) -> None:
+    """Close the descriptor that is attribute `name` of `holder`, which becomes -1; not if it is.
+
+    If it is one of `members`, it is deleted there, and unwatch() is done.
+    """
 
 def outcome(block: Block, exited: bool, /) -> tuple[int, int] | None:
     """The child's last step and errno, or None while it still uses the block.
@@ -75,8 +90,11 @@ def outcome(block: Block, exited: bool, /) -> tuple[int, int] | None:
 def step(block: Block, /) -> int:
     """The step that a child with shared memory is at now."""
 
-def reap(pidfd: int, /) -> int | None:
-    """Reap the child if it has ended: its wait status, or None. Errors are those of waitid()."""
+def reap(pidfd: int, /) -> tuple[int, int | None] | None:
+    """Reap the child if it has ended: its wait status and the cgroup's id, None if unknown.
+
+    None: nothing yet. Errors are those of waitid().
+    """
 
 def exit_info(pidfd: int, /) -> tuple[int, int | None] | None:
     """What PIDFD_GET_INFO says of an end: the wait status and the cgroup's id; None: nothing yet.

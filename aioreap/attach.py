@@ -173,8 +173,8 @@ def _child_of(detached: Detached, loop: asyncio.AbstractEventLoop) -> Child:
         detached.pidfd,
         reap=not detached.autoreap,  # an Heir's copy would keep an AUTOKILL child alive
         started_ns=started_ns,
-        leads_group=detached.leads_group,
     )
+    child.leads_group = detached.leads_group
     heir = detached.heir
     if heir is None and pid_of(detached.pidfd) == detached.pid:
         heir = Heir.waiting_for(detached.pid)

@@ -32,7 +32,7 @@ class _AsyncioChild(Child):
 
     def destroy(self) -> None:
         """Stop watching."""
-        self._callbacks.clear()
+        self._callbacks = ()
         if self.pidfd >= 0:
             self._close()
 

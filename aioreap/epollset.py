@@ -23,6 +23,8 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Final, NoReturn, Protocol
 
+from aioreap import _clone
+
 __all__ = ["EpollSet", "Member", "Turn"]
 
 # How many are told in one turn of the loop. Each may wake a task that starts the next program, and
@@ -50,6 +52,7 @@ class Turn:
     Attributes:
         clones: how many children were made.
         cloning_ns: how long that took.
+        is_spent: whether no more are to be made.
     """
 
     def __init__(self) -> None:
@@ -57,7 +60,9 @@ class Turn:
 
     def forget(self) -> None:
         """Another turn begins."""
-        self.clones = self.cloning_ns = 0
+        self.clones: int = 0
+        self.cloning_ns: int = 0
+        self.is_spent: bool = False
 
 
 class EpollSet:
@@ -87,9 +92,10 @@ class EpollSet:
         self._left: tuple[int, Member | None] | None = None
         self._told_ns = 0
         self._epoll = select.epoll()
+        self._descriptor = self._epoll.fileno()  # also after a fork
         try:
             # An empty context: that of the task which comes first is not that of all others.
-            contextvars.Context().run(loop.add_reader, self._epoll.fileno(), self._tell)
+            contextvars.Context().run(loop.add_reader, self._descriptor, self._tell)
         except BaseException:
             self._epoll.close()
             raise
@@ -111,6 +117,21 @@ class EpollSet:
         self._epoll.register(descriptor, select.EPOLLIN)
         self.members[descriptor] = member
 
+    def take(
+        self, block: _clone.Block, pidfd: int, child: Member, pipe: int, launch: Member
+    ) -> None:
+        """Take the child of `block` over, and have these two told of its pidfd and exec pipe.
+
+        Raises:
+            OSError: as add(). The child is taken over all the same, and nobody is told of it.
+        """
+        if self._owner == _NOBODY:
+            _clone.take(block)
+            self._refuse()
+        _clone.take(block, self._descriptor)
+        self.members[pidfd] = child
+        self.members[pipe] = launch
+
     def _refuse(self) -> NoReturn:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
@@ -119,17 +140,21 @@ class EpollSet:
         if self.members.pop(descriptor, None) is not None:
             self.pause(descriptor)
 
+    def close(self, holder: object, name: str) -> None:
+        """Forget the member, and close its descriptor, an attribute of `holder` that becomes -1."""
+        if self._edges or self._left is not None:
+            self._put_aside(getattr(holder, name))
+        _clone.close(self._descriptor, self._owner, self.members, holder, name)
+
     def pause(self, descriptor: int) -> None:
         """Keep the member, and tell it nothing."""
+        self._put_aside(descriptor)
+        _clone.unwatch(self._descriptor, self._owner, descriptor)
+
+    def _put_aside(self, descriptor: int) -> None:
         self._edges.discard(descriptor)
         if self._left is not None and self._left[0] == descriptor:
             self._left = None
-        if self._owner != os.getpid():
-            return
-        try:  # noqa: SIM105 - twice for each child, and suppress() takes three calls
-            self._epoll.unregister(descriptor)
-        except OSError:  # it is not told of anything now
-            pass
 
     def tells_of_edges(self, descriptor: int) -> bool:
         """Whether tell_of_edges() is in force for it."""
@@ -154,6 +179,7 @@ class EpollSet:
             return
         turn, members = self._turn, self.members
         turn.clones = turn.cloning_ns = 0
+        turn.is_spent = False
         try:
             # One of them may remove another, whose number may be used anew.
             for descriptor, member in self._next():
@@ -170,19 +196,20 @@ class EpollSet:
 
     def _next(self) -> list[tuple[int, Member | None]]:
         """Who is to be told in this turn."""
-        members, now, limit = self.members, time.monotonic_ns(), TOLD_IN_A_TURN
+        members, limit = self.members, TOLD_IN_A_TURN
         left, self._left = self._left, None
         if left is None:
             asked = limit + 1
             events = self._epoll.poll(0, asked)
             ready = [(d, members.get(d)) for d, _ in events]
         else:  # it is ready, and so the loop has not slept since
+            now = time.monotonic_ns()
             asked = limit + min((now - self._told_ns) // ONE_MORE_NS, MOST_MORE)
             events = self._epoll.poll(0, asked)
             ready = [left, *[(d, members.get(d)) for d, _ in events if d != left[0]]]
-        self._told_ns = now
         if len(events) == asked and ready[-1][0] not in self._edges:  # else it would not be told
             self._left = ready.pop()
+            self._told_ns = time.monotonic_ns()
         return ready
 
     def _unshare(self) -> None:
@@ -193,7 +220,7 @@ class EpollSet:
                     own.register(
                         descriptor, _EDGES if descriptor in self._edges else select.EPOLLIN
                     )
-                os.dup2(own.fileno(), self._epoll.fileno(), inheritable=False)
+                os.dup2(own.fileno(), self._descriptor, inheritable=False)
         except OSError:
             self._owner = _NOBODY
 

@@ -61,7 +61,7 @@ def _numbers(detached: Detached) -> tuple[int, int, int, int]:
 def _body(detached: Detached) -> bytes:
     started_ns = _NONE if detached.started_ns is None else detached.started_ns
     known = None if detached.heir is None else detached.heir.status
-    status = _NONE if known is None or known.status is None else known.status
+    status = _NONE if known is None or known[0] is None else known[0]
     lengths = len(detached.unread_stdout), len(detached.unread_stderr)
     kind = detached.autoreap, detached.leads_group
     return _BODY.pack(detached.pid, started_ns, status, *kind, *_numbers(detached), *lengths)

@@ -185,7 +185,7 @@ def status_of_program(descriptor: int, of_init: kernel.ExitStatus) -> kernel.Exi
         told.detach()
     if len(message) < _STATUS.size:
         return of_init
-    return kernel.ExitStatus(_STATUS.unpack(message)[0], of_init.cgroup_id)
+    return _STATUS.unpack(message)[0], of_init[1]
 
 
 def signal_group(descriptor: int, pidfd: int, number: int) -> bool:

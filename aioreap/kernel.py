@@ -27,7 +27,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, Literal, NamedTuple, cast
+from typing import Final, Literal, TypeAlias, cast
 
 from aioreap import _clone
 
@@ -69,11 +69,9 @@ FORCED: Final = "AIOREAP_BACKEND says so"
 _reap, _exit_info = _clone.reap, _clone.exit_info
 
 
-class ExitStatus(NamedTuple):
-    """A wait status, None if nobody knows it any more, and the cgroup it was reached in."""
-
-    status: int | None
-    cgroup_id: int | None
+# A wait status and the id of the cgroup that it was reached in, each None if nobody knows it.
+ExitStatus: TypeAlias = tuple[int | None, int | None]
+LOST: Final[ExitStatus] = None, None
 
 
 def is_readable(descriptor: int) -> bool:
@@ -97,24 +95,15 @@ def exit_status(pidfd: int, *, reap: bool) -> ExitStatus | None:
     """
     if reap:
         try:
-            status = _reap(pidfd)
+            return _reap(pidfd)
         except ChildProcessError:
             pass  # reaped by somebody else, or this is a forked copy of the parent
-        else:
-            if status is None:
-                return None
-            try:
-                after = _exit_info(pidfd)
-            except OSError:
-                after = None
-            return ExitStatus(status, after[1] if after else None)
     try:
-        info = _exit_info(pidfd)
+        return _exit_info(pidfd)
     except OSError as error:
         if error.errno not in (errno.ENOTTY, errno.EINVAL):
             raise
-        return ExitStatus(None, None) if is_readable(pidfd) else None
-    return None if info is None else ExitStatus(*info)
+        return LOST if is_readable(pidfd) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import contextvars
 import errno
-import os
 import time
 import weakref
 from collections import deque
@@ -23,7 +22,7 @@ from aioreap import _clone, spawn
 from aioreap.killing import kill_and_wait
 from aioreap.spawn import Spawned, SpawnPlan
 from aioreap.unowned import Grandchild, heirs, reap_heirs
-from aioreap.watcher import Child, ChildWatcher, orphans, reap_orphans
+from aioreap.watcher import Child, ChildWatcher, nothing, orphans, reap_orphans
 
 __all__ = ["Launch", "Launcher"]
 
@@ -103,7 +102,7 @@ class Launch:
         Returns what it was cancelled with meanwhile, as kill_and_wait().
         """
         self._aborted = True
-        self._end()
+        self._give_up()
         if self.child is None:
             return None
         try:
@@ -114,7 +113,7 @@ class Launch:
     def destroy(self) -> None:
         """Kill the child with no help from a loop."""
         self._aborted = True
-        self._end()
+        self._give_up()
         if self.child is not None:
             self.child.destroy()
         self._let_go()
@@ -138,9 +137,9 @@ class Launch:
                 self._retry(set(spawn.in_flight))
                 return
             if isinstance(error, Exception):
-                self._fail(error)
+                self._end(error)
                 return
-            self._fail(asyncio.CancelledError())  # KeyboardInterrupt goes one way only
+            self._end(asyncio.CancelledError())  # KeyboardInterrupt goes one way only
             raise
 
     def _clone(self) -> None:
@@ -148,57 +147,54 @@ class Launch:
             reap_orphans()
         if heirs:
             reap_heirs()
-        plan = self._plan
+        plan, watcher = self._plan, self._launcher.watcher
+        epoll_set = watcher.open_set()
         spawned = plan.clone()
         made = Child if spawned.is_child else Grandchild
-        child = made(
-            spawned.pid,
-            spawned.pidfd,
-            reap=spawned.reap,
-            started_ns=spawned.started_ns,
-            leads_group=bool(plan.options) and plan.leads_group,
-        )
-        if spawned.held is not None:
-            child.held = spawned.held
-        if spawned.status >= 0:
-            child.status_socket = plan.give(spawned.status)
-        block = spawned.block
-        if block is not None:
-            _clone.take(block)
+        child = made(spawned.pid, spawned.pidfd, spawned.reap, spawned.started_ns)
+        if plan.options:
+            self._note_options(child, spawned)
         self.child, self._spawned, self._pipe = child, spawned, spawned.pipe
-        if self._waiter is not None:
-            self._wake()
+        block = spawned.block
         try:
-            epoll_set = self._launcher.watcher.watch(child)
-            if block is not None:
-                epoll_set.add(self._pipe, self)
+            child.watcher = watcher
+            if block is None:
+                epoll_set.add(spawned.pidfd, child)
+            else:
+                epoll_set.take(block, spawned.pidfd, child, spawned.pipe, self)
         except BaseException:
+            if block is not None:
+                _clone.take(block)  # else it, too, would close what destroy() closes
             child.destroy()
             self._let_go()
             raise
+        if self._waiter is not None:
+            self._wake()
         if block is None:
-            self._succeed()
+            self._end(None)
         else:
             child.launch = self
             self._launcher.look_after(self)
+
+    def _note_options(self, child: Child, spawned: Spawned) -> None:
+        child.leads_group = self._plan.leads_group
+        child.held = spawned.held
+        if spawned.status >= 0:
+            child.status_socket = self._plan.give(spawned.status)
 
     def _wake(self) -> None:
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    def _end(self) -> None:
+    def _give_up(self) -> None:
         self._plan.close()
         self._launcher.forget(self)
 
-    def _succeed(self) -> None:
-        self._is_over = True
-        self._end()
-        self._wake()
-
-    def _fail(self, error: BaseException) -> None:
+    def _end(self, error: BaseException | None) -> None:
+        """The program runs, or cannot."""
         self._is_over, self._error = True, error
-        self._end()
+        self._give_up()
         self._wake()
 
     # Between the clone and the exec.
@@ -242,7 +238,7 @@ class Launch:
         child.launch = None
         step, error = outcome
         if step == _clone.STEP_EXEC and not error:
-            self._succeed()
+            self._end(None)
         else:
             child.add_exit_callback(lambda _: self._failed(step, error))
         return True
@@ -252,7 +248,7 @@ class Launch:
         if error == errno.ETXTBSY and self._may_retry() and not self._aborted:
             self._retry(set(spawn.in_flight))
             return
-        self._fail(self._plan.error_for(step, error))
+        self._end(self._plan.error_for(step, error))
 
     def _may_retry(self) -> bool:
         self._retries += 1
@@ -282,10 +278,11 @@ class Launch:
             self._spawned = None
 
     def _close_pipe(self) -> None:
-        pipe, self._pipe = self._pipe, -1
-        if pipe >= 0:
-            self._launcher.watcher.stop_telling(pipe)
-            os.close(pipe)
+        epoll_set = self._launcher.watcher.epoll_set()
+        if epoll_set is not None:
+            epoll_set.close(self, "_pipe")
+        else:
+            _clone.close(-1, -1, {}, self, "_pipe")
 
 
 class _Launches(set[Launch]):
@@ -298,7 +295,7 @@ class Launcher:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.watcher: ChildWatcher = ChildWatcher.of(loop)
         self._loop = weakref.ref(loop)
-        self._launches: weakref.ref[_Launches] | None = None
+        self._launches: Callable[[], _Launches | None] = nothing
         # The calls that wait hold the launches: this must not keep a closed loop alive.
         self._deferred: deque[weakref.ref[Launch]] = deque()
         self._turn_follows = False
@@ -339,11 +336,12 @@ class Launcher:
             # Nobody would reap what it leaves. This costs a system call on Python 3.11.
             if asyncio._get_running_loop() is not loop:
                 raise RuntimeError(f"{loop!r} is not running")
-        if (self._deferred or self._is_spent()) and not plan.by_fork:
+        turn = self.watcher.turn
+        if (self._deferred or turn.is_spent) and not plan.by_fork:
             self._defer(launch, plan)
         else:
             self._clone(launch)
-        if (self._deferred or self._is_spent()) and not self._turn_follows:
+        if (self._deferred or turn.is_spent) and not self._turn_follows:
             self._turn_follows = True
             loop.call_soon(self._begin_turn, context=contextvars.Context())
         return launch
@@ -362,26 +360,25 @@ class Launcher:
         turn = self.watcher.turn
         turn.clones += 1
         turn.cloning_ns += time.monotonic_ns() - begin
-
-    def _is_spent(self) -> bool:
-        turn = self.watcher.turn
-        return turn.clones >= CLONES_IN_A_TURN and turn.cloning_ns >= TURN_BUDGET_NS
+        if turn.clones >= CLONES_IN_A_TURN and turn.cloning_ns >= TURN_BUDGET_NS:
+            turn.is_spent = True
 
     def _begin_turn(self) -> None:
-        self.watcher.turn.forget()
+        turn = self.watcher.turn
+        turn.forget()
         try:
-            while self._deferred and not self._is_spent():
+            while self._deferred and not turn.is_spent:
                 launch = self._deferred.popleft()()
                 if launch is not None:
                     self._clone(launch)
         finally:  # KeyboardInterrupt too: those behind it still have their turn
-            self._turn_follows = bool(self._deferred) or self._is_spent()
+            self._turn_follows = bool(self._deferred) or turn.is_spent
             if self._turn_follows:
                 self.loop.call_soon(self._begin_turn)
 
     def look_after(self, launch: Launch) -> None:
         """Examine the launch now and then, until forget()."""
-        launches = None if self._launches is None else self._launches()
+        launches = self._launches()
         if launches is None:
             launches = _Launches()
             self._launches = weakref.ref(launches)
@@ -391,7 +388,7 @@ class Launcher:
 
     def forget(self, launch: Launch) -> None:
         """The launch is over, or given up."""
-        launches = None if self._launches is None else self._launches()
+        launches = self._launches()
         if launches is not None:
             launches.discard(launch)
 
@@ -404,7 +401,7 @@ class Launcher:
     def abandon_launches(self) -> None:
         """Kill what is between its clone and its exec, and give up what waits for its turn."""
         under_way = {*(launch for each in self._deferred if (launch := each()) is not None)}
-        under_way |= (None if self._launches is None else self._launches()) or set()
+        under_way |= self._launches() or set()
         with contextlib.ExitStack() as stack:  # all of them, though a warning may be an exception
             for launch in under_way:
                 stack.callback(launch.abandon)
@@ -414,4 +411,4 @@ _launchers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Launcher] = (
     weakref.WeakKeyDictionary()
 )
 # The one that was asked for last: in most programs there is no other.
-_last: Callable[[], Launcher | None] = lambda: None  # noqa: E731 - what a dead reference says
+_last: Callable[[], Launcher | None] = nothing

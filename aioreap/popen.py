@@ -41,7 +41,7 @@ class Popen:
 
     def __repr__(self) -> str:
         status = self._child.status
-        code = "lost" if status is not None and status.status is None else self.returncode
+        code = "lost" if status is not None and status[0] is None else self.returncode
         return f"<{type(self).__name__}: returncode: {code} args: {self.args!r}>"
 
     @property
@@ -51,12 +51,12 @@ class Popen:
         Raises:
             ExitStatusLost: nobody can know it any more.
         """
-        ended = self._child.status
-        if ended is None:
+        if self._child.status is None:
             return None
-        if ended.status is None:
+        status, _ = self._child.status
+        if status is None:
             raise ExitStatusLost(self.pid)
-        return os.waitstatus_to_exitcode(ended.status)
+        return os.waitstatus_to_exitcode(status)
 
     def poll(self) -> int | None:
         """Ask the kernel now, and return ``returncode``, with its errors."""

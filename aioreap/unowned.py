@@ -60,7 +60,7 @@ class Heir(_Unowned):
     def of_dead(cls, pid: int, status: int, started_ns: int) -> Heir:
         """One that knows what another process has learnt of its child's end."""
         heir = cls(pid, -1, reap=True, started_ns=started_ns)
-        heir.status = kernel.ExitStatus(status, None)
+        heir.status = status, None
         return heir
 
     @classmethod
@@ -105,7 +105,7 @@ class Stranger(_Unowned):
 
     def destroy(self) -> None:
         """Close the pidfd."""
-        self._callbacks.clear()
+        self._callbacks = ()
         self._close()
 
     def give_back(self) -> None:

@@ -70,7 +70,7 @@ class CallsPeer(AsyncioPeer):
             status = kernel.exit_status(pidfd, reap=spawned.reap)
             if status is not None:
                 self._close(pidfd)
-                ended.set_result(status.status)
+                ended.set_result(status[0])
 
         if command not in self._plans:
             self._plans[command] = SpawnPlan.of(command, (None, None, None), {}, shell=False)

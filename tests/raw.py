@@ -80,8 +80,8 @@ def status_of(pidfd: int) -> int:
             edges.poll()
             found = kernel.exit_status(pidfd, reap=False)
             if found is not None:
-                assert found.status is not None
-                return found.status
+                assert found[0] is not None
+                return found[0]
             assert not is_zombie(pidfd), "it is not auto-reaped"
 
 

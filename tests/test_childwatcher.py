@@ -53,7 +53,7 @@ else:
     def lose(monkeypatch: pytest.MonkeyPatch) -> None:
         def exit_status(pidfd: int, *, reap: bool) -> kernel.ExitStatus | None:
             known = real(pidfd, reap=reap)
-            return known and kernel.ExitStatus(None, None)
+            return known and kernel.LOST
 
         real = kernel.exit_status
         monkeypatch.setattr(kernel, "exit_status", exit_status)

@@ -14,8 +14,10 @@ from typing import Never
 import pytest
 from test_copies import in_a_copy, in_a_copy_by_c
 
-from aioreap import epollset
+from aioreap import _clone, epollset, spawn
 from aioreap.epollset import EpollSet
+from aioreap.spawn import Spawned, SpawnPlan
+from aioreap.watcher import Child
 
 
 class Ear:
@@ -38,7 +40,8 @@ class Ear:
         os.read(self.fd, 1)
 
     def close(self) -> None:
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
         os.close(self._write_end)
 
 
@@ -461,6 +464,112 @@ async def test_a_copy_that_removes_a_member_leaves_the_parents(
     ears[0].say()
     await turns()
     assert ears[0].told == 1
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("copied", [in_a_copy, in_a_copy_by_c])
+async def test_and_so_does_one_that_closes_it(
+    epoll_set: EpollSet, ears: list[Ear], copied: Callable[[Callable[[], object]], object]
+) -> None:
+    copied(lambda: epoll_set.close(ears[0], "fd"))
+    ears[0].say()
+    await turns()
+    assert ears[0].told == 1
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("edges", [False, True])
+async def test_what_is_closed_and_held_open_is_not_heard_of(
+    epoll_set: EpollSet, edges: bool
+) -> None:
+    ear = Ear()
+    number, held = ear.fd, os.dup(ear.fd)
+    epoll_set.add(number, ear)
+    if edges:
+        epoll_set.tell_of_edges(number)
+    epoll_set.close(ear, "fd")
+    assert ear.fd == -1
+    assert epoll_set.members == {}
+    assert not epoll_set.tells_of_edges(number)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+    ear.say()
+    assert epoll_set._epoll.poll(0) == []
+    epoll_set.close(ear, "fd")  # there is nothing to close any more
+    ear.close()
+    os.close(held)
+
+
+@pytest.mark.any_backend
+async def test_who_is_left_to_the_next_turn_and_closed_is_not_told_in_it(
+    epoll_set: EpollSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(epollset, "TOLD_IN_A_TURN", 1)
+    both = [Ear(), Ear()]
+    for ear in both:
+        epoll_set.add(ear.fd, ear)
+        ear.say()
+    epoll_set._tell()
+    told, left = sorted(both, key=lambda ear: -ear.told)
+    number = left.fd
+    epoll_set.close(left, "fd")
+    newcomer = Ear()
+    assert newcomer.fd == number
+    epoll_set.add(number, newcomer)
+    await turns()
+    assert (told.told, left.told, newcomer.told) == (1, 0, 0)
+    epoll_set.remove(number)
+    epoll_set.remove(told.fd)
+    for ear in (*both, newcomer):
+        ear.close()
+
+
+@pytest.mark.any_backend
+async def test_what_is_not_in_the_set_is_closed_too(epoll_set: EpollSet) -> None:
+    ear = Ear()
+    number = ear.fd
+    epoll_set.close(ear, "fd")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+    ear.close()
+
+
+@pytest.fixture
+def spawned() -> Iterator[Spawned]:
+    """A child whose block nobody has taken."""
+    made = SpawnPlan.of(("true",), (None, None, None), {}, shell=False).clone()
+    yield made
+    spawn.in_flight.discard(made)
+    Child(made.pid, made.pidfd, made.reap, made.started_ns).destroy()
+    os.close(made.pipe)
+    assert made.block is not None
+    _clone.outcome(made.block, True)
+    made.block = None  # pytest keeps the other reference to it for a while
+
+
+def is_in(epoll: select.epoll, descriptor: int) -> bool:
+    try:
+        epoll.modify(descriptor, select.EPOLLIN)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@pytest.mark.clone_backends
+@pytest.mark.parametrize("there", ["pidfd", "pipe", None])
+def test_a_child_is_taken_over_with_both_of_its_descriptors_in_the_set_or_none(
+    spawned: Spawned, there: str | None
+) -> None:
+    assert spawned.block is not None
+    with select.epoll() as epoll:
+        if there is not None:
+            epoll.register(getattr(spawned, there), select.EPOLLIN)
+            with pytest.raises(FileExistsError):
+                _clone.take(spawned.block, epoll.fileno())
+        else:
+            _clone.take(spawned.block, epoll.fileno())
+        found = {name for name in ("pidfd", "pipe") if is_in(epoll, getattr(spawned, name))}
+    assert found == ({"pidfd", "pipe"} if there is None else {there})
 
 
 @pytest.mark.any_backend

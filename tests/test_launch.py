@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import children, open_descriptors
 
 import aioreap
 from aioreap import _clone, launch, spawn
 from aioreap.options import Options
+from aioreap.spawn import SpawnPlan
 
 pytestmark = pytest.mark.clone_backends
 
@@ -342,6 +344,35 @@ def test_a_child_whose_caller_was_interrupted_after_the_clone_is_killed() -> Non
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_clone, "spawn", interrupted)
             await aioreap.create_subprocess_exec("sleep", "1000")
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_a_child_whose_caller_was_interrupted_while_it_is_taken_over_is_killed(
+    is_taken: bool,
+) -> None:
+    async def main() -> None:
+        real = _clone.take
+
+        def interrupted(block: _clone.Block, epoll: int = -1) -> None:
+            if is_taken or epoll < 0:
+                real(block, epoll)
+            if epoll >= 0:
+                raise KeyboardInterrupt
+
+        await (await aioreap.create_subprocess_exec("true")).wait()
+        before = open_descriptors()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_clone, "take", interrupted)
+            try:
+                launcher = launch.Launcher.of(asyncio.get_running_loop())
+                launcher.begin(SpawnPlan.of(("sleep", "1000"), (None,) * 3, {}, shell=False))
+            finally:
+                assert children() == []
+                assert open_descriptors() == before
+                assert launcher.watcher.open_set().members == {}
 
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(main())

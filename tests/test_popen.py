@@ -184,7 +184,7 @@ async def test_a_lost_status_is_an_error_here_too(monkeypatch: pytest.MonkeyPatc
     process.kill()
     popen.wait()
     real = process._transport.child.status
-    monkeypatch.setattr(process._transport.child, "status", kernel.ExitStatus(None, None))
+    monkeypatch.setattr(process._transport.child, "status", kernel.LOST)
     for ask in (popen.poll, popen.wait, lambda: popen.returncode):
         with pytest.raises(ExitStatusLost):
             ask()

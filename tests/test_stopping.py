@@ -438,7 +438,7 @@ async def test_a_block_whose_coroutine_is_closed_kills(hold: Hold) -> None:
     coroutine.close()
     assert process.pidfd == -1
     assert process._transport.child.status is not None
-    assert process._transport.child.status.status == signal.SIGKILL
+    assert process._transport.child.status[0] == signal.SIGKILL
 
 
 async def test_a_block_that_ends_in_a_forked_copy_kills_nobody() -> None:

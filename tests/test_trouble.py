@@ -32,6 +32,7 @@ import aioreap
 from aioreap import _clone, kernel, spawn
 from aioreap.epollset import EpollSet
 from aioreap.options import Options
+from aioreap.watcher import ChildWatcher
 
 pytestmark = pytest.mark.own_backend
 
@@ -197,15 +198,28 @@ async def test_a_reader_that_cannot_be_added_is_that_error(
 
 
 @pytest.mark.parametrize("pipes", [PIPES, {}], ids=["pipes", "no-pipes"])
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("call", ["take", "add"])
 async def test_a_descriptor_that_cannot_be_watched_is_that_error(
-    monkeypatch: pytest.MonkeyPatch, at: int, pipes: dict[str, int], backend: str
+    monkeypatch: pytest.MonkeyPatch, call: str, pipes: dict[str, int], backend: str
 ) -> None:
-    """The first is the pidfd, the second the exec pipe."""
-    if at == 2 and backend == "popen":
-        pytest.skip("no exec pipe")
-    monkeypatch.setattr(EpollSet, "add", failing(EpollSet.add, at, errno.ENOSPC))
-    assert (await error_of("cat", **pipes)).errno == errno.ENOSPC
+    """The kernel refuses it when the child is taken over, or an epoll set that is nobody's does."""
+    refuses = errno.ENOSPC
+
+    def take(block: _clone.Block, epoll: int = -1) -> None:
+        real(block)
+        if epoll >= 0:
+            raise OSError(refuses, os.strerror(refuses))
+
+    if backend == "popen":
+        monkeypatch.setattr(EpollSet, "add", failing(EpollSet.add, 1, refuses))
+    elif call == "add":
+        monkeypatch.setattr(EpollSet, "take", failing(EpollSet.take, 1, refuses))
+    else:
+        real = _clone.take
+        monkeypatch.setattr(_clone, "take", take)
+    assert (await error_of("cat", **pipes)).errno == refuses
+    assert ChildWatcher.of(asyncio.get_running_loop()).open_set().members == {}
+    monkeypatch.undo()
     await expect_that_a_spawn_works()
 
 
