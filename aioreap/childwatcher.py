@@ -151,8 +151,9 @@ with warnings.catch_warnings():
 
 def _returncode_of(child: Child | None, pid: int, args: Any) -> int | ExitStatusLost:
     """The return code, and if it is lost, what stands in its place."""
-    if child is not None and child.exit_info is not None and child.exit_info.status is not None:
-        return child.exit_info.returncode
+    exit_info = None if child is None else child.exit_info
+    if exit_info is not None and exit_info.status is not None:
+        return exit_info.returncode
     transport = args[0] if args and isinstance(args[0], asyncio.SubprocessTransport) else None
     popen = None if transport is None else transport.get_extra_info("subprocess")
     if popen is not None and popen.returncode is not None:

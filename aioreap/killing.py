@@ -47,7 +47,7 @@ async def kill_and_wait(
     if child.is_detached:
         return None
     kill(child)
-    if child.exit_info is not None or child.pidfd < 0:
+    if child.has_ended or child.pidfd < 0:
         return None
     waiter: asyncio.Future[None] = loop.create_future()
     cancelled: asyncio.CancelledError | None = None
@@ -73,7 +73,7 @@ async def kill_and_wait(
     finally:
         timer.cancel()
         child.discard_exit_callback(wake)
-    if child.exit_info is None:
+    if not child.has_ended:
         logger.warning("child %d is killed and does not die yet", child.pid)
     return cancelled
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal as signals
 import subprocess
 from collections.abc import Callable
@@ -125,8 +126,10 @@ class Process(asyncio.subprocess.Process):
         self._transport = transport
         self._protocol = None
         self._loop = loop
-        self.stdin = self.stdout = self.stderr = None
-        self.pid = transport.get_pid()
+        self.stdin: asyncio.StreamWriter | None = None
+        self.stdout: asyncio.StreamReader | None = None
+        self.stderr: asyncio.StreamReader | None = None
+        self.pid: int = transport.get_pid()
 
     @classmethod
     def of(cls, process: asyncio.subprocess.Process) -> Process:
@@ -164,7 +167,7 @@ class Process(asyncio.subprocess.Process):
 
     async def wait(self) -> int:
         """Wait for the child's exit and return ``returncode``, with the errors of wait_exit()."""
-        return (await self._transport.wait_exit()).returncode
+        return os.waitstatus_to_exitcode(await self._transport.wait())
 
     async def wait_exit(self) -> ExitInfo:
         """Wait for the child's exit, whoever still holds its pipes.
@@ -311,7 +314,7 @@ class Process(asyncio.subprocess.Process):
             ExitStatusLost: as wait_exit().
         """
         if self._protocol is None:
-            await self._transport.wait_exit()
+            await self._transport.wait()
             return cast("tuple[bytes, bytes]", (None, None))
         if not isinstance(self._protocol, asyncio.subprocess.SubprocessStreamProtocol):
             return await super().communicate(input)

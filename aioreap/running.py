@@ -140,7 +140,7 @@ class Run:
 
     def _stopped(self, error: OSError | None) -> None:
         assert self._transport is not None
-        if error is not None and self._transport.child.exit_info is None:
+        if error is not None and not self._transport.child.has_ended:
             self.capture.fail(error)
         else:
             self.capture.stopped()

@@ -224,7 +224,10 @@ class SpawnPlan:
         """
         if options and (unknown := options.keys() - Options.__annotations__.keys()):
             raise TypeError(f"got an unexpected keyword argument {min(unknown)!r}")
-        plan = cls._encode(command, options, shell=shell)
+        arguments = ["/bin/sh", "-c", *command] if shell else list(command)
+        if shell and options.get("executable"):
+            arguments[0] = options["executable"]
+        plan = cls._encode(arguments, options)
         if options:
             plan._check(options)
         elif stdio[0] is None and stdio[1] is None and stdio[2] is None:
@@ -239,14 +242,11 @@ class SpawnPlan:
         return plan
 
     @classmethod
-    def _encode(cls, command: Sequence[Any], options: Options, *, shell: bool) -> SpawnPlan:
-        arguments = ["/bin/sh", "-c", *command] if shell else list(command)
+    def _encode(cls, arguments: list[Any], options: Options) -> SpawnPlan:
         executable = cwd = env = preexec_fn = None
         if options:
             executable, preexec_fn = options.get("executable"), options.get("preexec_fn")
             cwd, env = options.get("cwd"), options.get("env")
-            if shell and executable:
-                arguments[0] = executable
         plan = cls(options)
         plan.arguments = arguments
         plan.program = arguments[0] if executable is None else executable

@@ -176,7 +176,7 @@ class Ladder:
                 timer.cancel()
         self._timer = None
         self._group_delay = _GROUP_DELAY
-        if self._child.exit_info is not None:
+        if self._child.has_ended:
             self._exited(self._child)
 
     def _exited(self, _child: Child) -> None:
@@ -230,7 +230,7 @@ def begin(
 ) -> Ladder | None:
     """Begin to stop the child, or join those who do; None if it has ended."""
     child = transport.child
-    if child.exit_info is not None and not (group and child.is_group_alive()):
+    if child.has_ended and not (group and child.is_group_alive()):
         return None
     ladder = transport.ladder
     if ladder is None:

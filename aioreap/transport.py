@@ -193,7 +193,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 await launch.cloned()
                 await self._connect_pipes(plan.pipes)
             self._child = child = await launch.started()
-            is_over = child.exit_info is not None
+            is_over = child.has_ended
             if not is_over:
                 child.add_exit_callback(self._child_exited)
             if not self._is_announced:
@@ -281,7 +281,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 self._context.copy().run(protocol.connection_made, self)
         except Exception as error:  # noqa: BLE001 - for the loop to handle
             self._handle("connection_made", error)
-        if self._pipes and self.child.exit_info is None:
+        if self._pipes and not self.child.has_ended:
             self._readers = adopt(protocol)
         if then is not None:
             then()
@@ -424,7 +424,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def _try_finish(self) -> None:
         child = self._child
-        is_over = child is not None and (child.exit_info is not None or child.is_detached)
+        is_over = child is not None and (child.has_ended or child.is_detached)
         if not is_over or self._finished:
             return
         if not self._pipes or self.are_pipes_closed:
@@ -518,7 +518,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     def kill_group(self, signal: int) -> None:
         """Process.kill_group()."""
         self.check_group()
-        if not self.child.send_signal_to_group(signal) and self.child.exit_info is not None:
+        if not self.child.send_signal_to_group(signal) and self.child.has_ended:
             raise ProcessLookupError
 
     # What asyncio.SubprocessTransport promises.
@@ -537,7 +537,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """asyncio's, that has heard of what there was to hear of."""
         protocol = asyncio.subprocess.SubprocessStreamProtocol(_LIMIT, self._loop)
         protocol.connection_made(self)
-        if self._child is not None and self._child.exit_info is not None:
+        if self._child is not None and self._child.has_ended:
             protocol.process_exited()
         if self._finished:
             protocol.connection_lost(None)
@@ -594,7 +594,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             return
         self._closed = True
         child = self._child
-        is_over = child is not None and child.exit_info is not None
+        is_over = child is not None and child.has_ended
         if is_over and not self._pipes and not self.child.leads_group:  # which may have a pidfd
             return
         if self._loop.is_closed() or self.is_copy:
@@ -603,7 +603,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self.close_pipes()
         if child is None or child.is_detached or not child.ends_with_loop:
             return
-        if child.exit_info is None:
+        if not child.has_ended:
             with contextlib.suppress(OSError):
                 child.ask()
             if child.status is None:
@@ -648,7 +648,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             ProcessLookupError: its exit is known.
             ValueError: it was detached.
         """
-        if self.child.exit_info is not None:
+        if self.child.has_ended:
             raise ProcessLookupError
         self.child.send_signal(signal)
 
@@ -715,7 +715,14 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         return detached
 
     async def wait_exit(self) -> ExitInfo:
-        """Wait for the child's exit, not for the end of its pipes.
+        """As wait(), and how it ended."""
+        await self.wait()
+        exit_info = self.child.exit_info
+        assert exit_info is not None
+        return exit_info
+
+    async def wait(self) -> int:
+        """Wait for the child's exit, not for the end of its pipes; its wait status.
 
         Each call has a waiter of its own, and can be cancelled.
 
@@ -724,7 +731,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             ValueError: it was detached, perhaps meanwhile.
         """
         child = self._child or self.child
-        while child.exit_info is None:
+        while not child.has_ended:
             if child.is_detached:
                 child.check_kept()
             waiter = self._loop.create_future()
@@ -734,14 +741,14 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             finally:
                 if self._exit_waiters:
                     self._exit_waiters = _without(waiter, self._exit_waiters)
-        exit_info = child.exit_info
-        if exit_info.status is None:
-            raise ExitStatusLost(exit_info.pid)
-        return exit_info
+        status = None if child.status is None else child.status[0]
+        if status is None:
+            raise ExitStatusLost(child.pid)
+        return status
 
     async def _wait(self) -> int:
         """What asyncio.subprocess.Process.wait() calls."""
-        return (await self.wait_exit()).returncode
+        return os.waitstatus_to_exitcode(await self.wait())
 
 
 _transports: weakref.WeakKeyDictionary[

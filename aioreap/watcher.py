@@ -98,7 +98,7 @@ class Child:
         pidfd: the pidfd that came from its clone; closed at its exit and -1 from then on.
         leads_group: whether it was started as the leader of a process group of its own.
         status: what the kernel has said of its end, maybe before the loop was told; None: nothing.
-        exit_info: None until its exit is known; its status is None if that is lost.
+        has_ended: whether its exit is known.
         started_ns: what its exit_info will say of its beginning.
         held: what kills it when this process ends: its pidfd, this thread, or nothing.
         status_socket: where the child, if it is the init of a tree, tells how its program ended;
@@ -124,7 +124,9 @@ class Child:
         self._callbacks: tuple[Callable[[Child], object], ...] = ()
         # No defaults of the class: on Python 3.12 and 3.13 they make each access slower.
         self.status: kernel.ExitStatus | None = None
-        self.exit_info: ExitInfo | None = None
+        self.has_ended: bool = False
+        self._finished_ns = 0
+        self._exit_info: ExitInfo | None = None
         self.launch: _Launch | None = None
         self.held: hold.Held | None = None
         self.status_socket: int = -1
@@ -136,7 +138,7 @@ class Child:
         self._esrch_count = 0
 
     def __repr__(self) -> str:
-        state = "running" if self.exit_info is None else "exited"
+        state = "exited" if self.has_ended else "running"
         return f"<{type(self).__name__} pid={self.pid} {state}>"
 
     def __del__(self) -> None:
@@ -147,6 +149,14 @@ class Child:
     def is_copy(self) -> bool:
         """Whether this process is a forked copy of the one that made the child."""
         return self._owner != os.getpid()
+
+    @property
+    def exit_info(self) -> ExitInfo | None:
+        """None until its exit is known; its status is None if that is lost."""
+        if self._exit_info is None and self.has_ended:
+            assert self.status is not None
+            self._exit_info = ExitInfo(self.pid, *self.status, self.started_ns, self._finished_ns)
+        return self._exit_info
 
     def ready(self) -> None:
         """Its pidfd is readable: ask for its exit info, and settle it, or ask again."""
@@ -177,14 +187,14 @@ class Child:
         )
 
     def add_exit_callback(self, callback: Callable[[Child], object]) -> None:
-        """Have `callback(child)` called once, from the loop, when exit_info is there.
+        """Have `callback(child)` called once, from the loop, when its exit is known.
 
-        At once if it is there already.
+        At once if it is already.
         """
-        if self.exit_info is None:
-            self._callbacks += (callback,)
-        else:
+        if self.has_ended:
             callback(self)
+        else:
+            self._callbacks += (callback,)
 
     def discard_exit_callback(self, callback: Callable[[Child], object]) -> None:
         """Undo add_exit_callback()."""
@@ -236,7 +246,7 @@ class Child:
 
     def poll(self) -> ExitInfo | None:
         """Ask the kernel now. What it knows is in exit_info then, and the callbacks are called."""
-        if self.exit_info is None:
+        if not self.has_ended:
             with contextlib.suppress(OSError):
                 self.ask()
             if self.status is not None:
@@ -310,13 +320,11 @@ class Child:
             time.sleep(pause)
 
     def settle(self, status: kernel.ExitStatus) -> None:
-        """Set exit_info, give up the pidfd and its reader, and call the callbacks."""
+        """Note that it has ended, give up the pidfd and its reader, and call the callbacks."""
         self.status = status
-        wait_status, cgroup_id = status
-        self.exit_info = ExitInfo(
-            self.pid, wait_status, cgroup_id, self.started_ns, time.monotonic_ns()
-        )
-        if wait_status is None:
+        self._finished_ns = time.monotonic_ns()
+        self.has_ended = True
+        if status[0] is None:
             logger.log(self._lost_level, "%s", ExitStatusLost(self.pid))
         try:
             self._close(keep_group=self.leads_group and self._keeps_group)
