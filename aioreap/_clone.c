@@ -360,7 +360,7 @@ clone_close(PyObject *Py_UNUSED(module), PyObject *arguments)
     if (descriptor >= 0 && PyObject_SetAttr(holder, name, none_left) == 0) {
         if (PyDict_DelItem(members, number) < 0)
             PyErr_Clear();
-        else if (getpid() == owner)
+        if (getpid() == owner)
             epoll_ctl(epoll, EPOLL_CTL_DEL, (int)descriptor, NULL);
         close((int)descriptor);
     }

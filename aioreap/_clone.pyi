@@ -77,7 +77,7 @@ def unwatch(epoll: int, owner: int, descriptor: int, /) -> None:
 def close(epoll: int, owner: int, members: dict[int, Any], holder: object, name: str, /) -> None:
     """Close the descriptor that is attribute `name` of `holder`, which becomes -1; not if it is.
 
-    If it is one of `members`, it is deleted there, and unwatch() is done.
+    Before that it is deleted from `members` and from the epoll set, as by unwatch().
     """
 
 def outcome(block: Block, exited: bool, /) -> tuple[int, int] | None:

@@ -123,10 +123,9 @@ class EpollSet:
         """Take the child of `block` over, and have these two told of its pidfd and exec pipe.
 
         Raises:
-            OSError: as add(). The child is taken over all the same, and nobody is told of it.
+            OSError: as add(). Nobody is told of the child then, and it may not be taken over.
         """
         if self._owner == _NOBODY:
-            _clone.take(block)
             self._refuse()
         _clone.take(block, self._descriptor)
         self.members[pidfd] = child
@@ -137,8 +136,8 @@ class EpollSet:
 
     def remove(self, descriptor: int) -> None:
         """Forget the member; the descriptor can be closed after this."""
-        if self.members.pop(descriptor, None) is not None:
-            self.pause(descriptor)
+        self.members.pop(descriptor, None)
+        self.pause(descriptor)  # also what an interrupted add() or take() has left in the set
 
     def close(self, holder: object, name: str) -> None:
         """Forget the member, and close its descriptor, an attribute of `holder` that becomes -1."""

@@ -354,12 +354,14 @@ def test_a_child_whose_caller_was_interrupted_while_it_is_taken_over_is_killed(
     is_taken: bool,
 ) -> None:
     async def main() -> None:
-        real = _clone.take
+        real, held = _clone.take, list[int]()
 
         def interrupted(block: _clone.Block, epoll: int = -1) -> None:
             if is_taken or epoll < 0:
                 real(block, epoll)
             if epoll >= 0:
+                (spawned,) = spawn.in_flight
+                held.extend(map(os.dup, (spawned.pidfd, spawned.pipe)))
                 raise KeyboardInterrupt
 
         await (await aioreap.create_subprocess_exec("true")).wait()
@@ -371,8 +373,12 @@ def test_a_child_whose_caller_was_interrupted_while_it_is_taken_over_is_killed(
                 launcher.begin(SpawnPlan.of(("sleep", "1000"), (None,) * 3, {}, shell=False))
             finally:
                 assert children() == []
+                epoll_set = launcher.watcher.open_set()
+                assert epoll_set.members == {}
+                assert epoll_set._epoll.poll(0) == []
+                for descriptor in held:
+                    os.close(descriptor)
                 assert open_descriptors() == before
-                assert launcher.watcher.open_set().members == {}
 
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(main())
