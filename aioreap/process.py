@@ -207,10 +207,8 @@ class Process(asyncio.subprocess.Process):
                 is a forked copy of the process that the child is one of.
             OSError: there are no descriptors left (EMFILE).
         """
-        if isinstance(self._transport.get_protocol(), Collector):
-            raise RuntimeError(  # noqa: TRY004 - as a second communicate()
-                "detach() called while communicate() is waiting"
-            )
+        if self._protocol is not None and isinstance(self._transport.get_protocol(), Collector):
+            raise RuntimeError("detach() called while communicate() is waiting")
         return self._transport.detach(self._take_unread)
 
     def _take_unread(self) -> dict[int, bytes]:

@@ -406,7 +406,6 @@ class Child:
                 epoll_set.close(self, "pidfd")
             else:
                 _clone.close(-1, -1, {}, self, "pidfd")
-            self.watcher = None
 
     def forget_group(self) -> None:
         """Give up what reaches the group after the leader's exit, or would after a later one."""

@@ -601,8 +601,19 @@ async def test_a_copy_is_told_as_the_parent_is(epoll_set: EpollSet, ears: list[E
 
 
 @pytest.mark.any_backend
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda epoll_set, ear: epoll_set.add(ear.fd, ear),
+        lambda epoll_set, ear: epoll_set.take(None, ear.fd, ear, ear.fd, ear),
+    ],
+    ids=["add", "take"],
+)
 async def test_a_copy_without_descriptors_leaves_the_parents_members_too(
-    epoll_set: EpollSet, ears: list[Ear], monkeypatch: pytest.MonkeyPatch
+    epoll_set: EpollSet,
+    ears: list[Ear],
+    monkeypatch: pytest.MonkeyPatch,
+    add: Callable[[EpollSet, Ear], object],
 ) -> None:
     def refused() -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -610,7 +621,7 @@ async def test_a_copy_without_descriptors_leaves_the_parents_members_too(
     def act() -> None:
         epoll_set.remove(ears[0].fd)
         try:
-            epoll_set.add(ears[0].fd, ears[0])
+            add(epoll_set, ears[0])
         except OSError as error:
             os._exit(error.errno or 0)
 

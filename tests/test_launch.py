@@ -349,6 +349,21 @@ def test_a_child_whose_caller_was_interrupted_after_the_clone_is_killed() -> Non
         asyncio.run(main())
 
 
+async def test_a_turn_in_which_children_are_told_of_is_not_spent_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one_clone_a_turn(monkeypatch)
+    launcher = launch.Launcher.of(asyncio.get_running_loop())
+    plans = [SpawnPlan.of(("true",), (None,) * 3, {}, shell=False) for _ in range(2)]
+    first = launcher.begin(plans[0])
+    assert launcher.watcher.turn.is_spent
+    launcher.watcher.open_set()._tell()
+    second = launcher.begin(plans[1])
+    assert second.child is not None
+    for each in (first, second):
+        await each.abort()
+
+
 @pytest.mark.parametrize("is_taken", [False, True])
 def test_a_child_whose_caller_was_interrupted_while_it_is_taken_over_is_killed(
     is_taken: bool,

@@ -277,6 +277,8 @@ async def test_who_asks_for_that_of_what_was_detached_gets_one_that_lost_it(
     sleeper: aioreap.Process, told: list[str]
 ) -> None:
     detached = sleeper.detach()
+    await asyncio.sleep(0)
+    assert told == []
     sleeper._transport.get_protocol()
     assert told == ["connection_made", "connection_lost"]
     again = await aioreap.attach(detached)

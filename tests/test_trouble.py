@@ -32,7 +32,7 @@ import aioreap
 from aioreap import _clone, kernel, spawn
 from aioreap.epollset import EpollSet
 from aioreap.options import Options
-from aioreap.watcher import ChildWatcher
+from aioreap.watcher import Child, ChildWatcher
 
 pytestmark = pytest.mark.own_backend
 
@@ -210,6 +210,14 @@ async def test_a_descriptor_that_cannot_be_watched_is_that_error(
         if epoll >= 0:
             raise OSError(refuses, os.strerror(refuses))
 
+    def destroy(child: Child, destroy: Callable[[Child], None] = Child.destroy) -> None:
+        pidfd = child.pidfd
+        destroy(child)
+        while not others or others[-1] < pidfd:
+            others.append(os.open("/dev/null", os.O_RDONLY))
+
+    others: list[int] = []  # which have the number of what was closed, and nobody else closes
+
     if backend == "popen":
         monkeypatch.setattr(EpollSet, "add", failing(EpollSet.add, 1, refuses))
     elif call == "add":
@@ -217,8 +225,12 @@ async def test_a_descriptor_that_cannot_be_watched_is_that_error(
     else:
         real = _clone.take
         monkeypatch.setattr(_clone, "take", take)
+    monkeypatch.setattr(Child, "destroy", destroy)
     assert (await error_of("cat", **pipes)).errno == refuses
     assert ChildWatcher.of(asyncio.get_running_loop()).open_set().members == {}
+    gc.collect()  # the block, which the error's traceback keeps
+    for descriptor in others:
+        os.close(descriptor)
     monkeypatch.undo()
     await expect_that_a_spawn_works()
 
