@@ -1,4 +1,7 @@
-"""What Python cannot do: run code between clone and exec. See _clone.c and _spawn.c."""
+"""What Python cannot do: run code between clone and exec, and steps that no signal handler splits.
+
+See _clone.c and _spawn.c.
+"""
 
 from typing import Any
 

@@ -152,11 +152,11 @@ class Launch:
         spawned = plan.clone()
         made = Child if spawned.is_child else Grandchild
         child = made(spawned.pid, spawned.pidfd, spawned.reap, spawned.started_ns)
-        if plan.options:
-            self._note_options(child, spawned)
         self.child, self._spawned, self._pipe = child, spawned, spawned.pipe
         block = spawned.block
         try:
+            if plan.options:
+                self._note_options(child, spawned)
             child.watcher = watcher
             if block is None:
                 epoll_set.add(spawned.pidfd, child)
@@ -337,10 +337,14 @@ class Launcher:
             if asyncio._get_running_loop() is not loop:
                 raise RuntimeError(f"{loop!r} is not running")
         turn = self.watcher.turn
-        if (self._deferred or turn.is_spent) and not plan.by_fork:
-            self._defer(launch, plan)
-        else:
-            self._clone(launch)
+        try:
+            if (self._deferred or turn.is_spent) and not plan.by_fork:
+                self._defer(launch, plan)
+            else:
+                self._clone(launch)
+        except BaseException:  # an interrupt: nobody else knows of what there is of it
+            launch.destroy()
+            raise
         if (self._deferred or turn.is_spent) and not self._turn_follows:
             self._turn_follows = True
             loop.call_soon(self._begin_turn, context=contextvars.Context())

@@ -408,10 +408,10 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             self._wake_who_waits_for_the_exit()
             return
         try:
-            if self._protocol is None:
-                self.close()
-            else:
+            if self._protocol is not None:
                 self._call("process_exited")
+            elif not self._loop.is_closed():
+                self.close()
         finally:
             self._wake_who_waits_for_the_exit()
             self._try_finish()
@@ -537,9 +537,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """asyncio's, that has heard of what there was to hear of."""
         protocol = asyncio.subprocess.SubprocessStreamProtocol(_LIMIT, self._loop)
         protocol.connection_made(self)
-        if self._child is not None and self._child.has_ended:
-            protocol.process_exited()
         if self._finished:
+            if self.child.has_ended:  # else it was detached
+                protocol.process_exited()
             protocol.connection_lost(None)
         return protocol
 

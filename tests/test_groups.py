@@ -8,6 +8,7 @@ import gc
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -491,3 +492,24 @@ async def test_without_proc_it_is_an_error(hold: Hold, monkeypatch: pytest.Monke
     monkeypatch.undo()
     process.kill()
     await process.wait()
+
+
+@whole
+def test_a_group_is_within_reach_when_the_end_of_its_leader_is_seen_after_the_loops() -> None:
+    stdin, release = os.pipe()
+
+    async def main() -> aioreap.Process:
+        return await aioreap.create_subprocess_exec(
+            "sh", "-c", "sleep 1000 & read line", stdin=stdin, start_new_session=True
+        )
+
+    loop = asyncio.SelectorEventLoop()
+    process = loop.run_until_complete(main())
+    loop.close()
+    os.close(stdin)
+    os.close(release)
+    while process.poll() is None:
+        time.sleep(0.001)
+    process.kill_group()
+    while process._transport.child.is_group_alive():
+        time.sleep(0.001)

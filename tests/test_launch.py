@@ -399,6 +399,25 @@ def test_a_child_whose_caller_was_interrupted_while_it_is_taken_over_is_killed(
         asyncio.run(main())
 
 
+def test_a_child_whose_caller_is_interrupted_when_it_is_taken_over_is_killed() -> None:
+    async def main() -> None:
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        await (await aioreap.create_subprocess_exec("true")).wait()
+        before = open_descriptors()
+        launcher = launch.Launcher.of(asyncio.get_running_loop())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch.Launcher, "look_after", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                launcher.begin(SpawnPlan.of(("sleep", "1000"), (None,) * 3, {}, shell=False))
+        assert children() == []
+        assert open_descriptors() == before
+        assert launcher.watcher.open_set().members == {}
+
+    asyncio.run(main())
+
+
 async def test_where_nothing_can_be_kept_nothing_is_deferred(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

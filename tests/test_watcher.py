@@ -21,7 +21,8 @@ from conftest import children
 
 import aioreap
 from aioreap import _clone, kernel, watcher
-from aioreap.epollset import EpollSet
+from aioreap.epollset import EpollSet, Member
+from aioreap.unowned import Stranger
 from aioreap.watcher import Child, ChildWatcher
 
 
@@ -328,6 +329,24 @@ async def test_a_tracer_that_holds_the_dead_child_costs_no_processor_time() -> N
     assert (await waiting).returncode == 3
     assert tracer.returncode == 0
     assert used < 0.05
+
+
+@pytest.mark.any_backend
+async def test_who_is_interrupted_while_a_child_is_watched_can_still_give_it_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(self: EpollSet, descriptor: int, member: Member) -> None:
+        real(self, descriptor, member)
+        raise KeyboardInterrupt
+
+    real = EpollSet.add
+    monkeypatch.setattr(EpollSet, "add", interrupted)
+    home = ChildWatcher.of(asyncio.get_running_loop())
+    stranger = Stranger(os.getpid(), os.pidfd_open(os.getpid()), reap=False, started_ns=0)
+    with pytest.raises(KeyboardInterrupt):
+        home.watch(stranger)
+    stranger.give_back()
+    assert home.open_set().members == {}
 
 
 @pytest.mark.any_backend
