@@ -17,8 +17,7 @@ import signal
 import socket
 import struct
 import threading
-from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from aioreap import _clone, kernel
 
@@ -54,8 +53,7 @@ def held_by(backend: kernel.Backend, *, autoreap: bool) -> Held:
     return "pdeathsig"
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(NamedTuple):
     """What one clone needs so that its child is held.
 
     Attributes:

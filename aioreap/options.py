@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import grp
 import os
-import pwd
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Literal, Protocol, TypeAlias, TypedDict
 
@@ -114,10 +112,14 @@ def _id(kind: str, name: str | int, look_up: Callable[[str], int]) -> int:
 
 
 def _gid(name: str) -> int:
+    import grp  # noqa: PLC0415 - few programs need it, and all would wait for it
+
     return grp.getgrnam(name).gr_gid
 
 
 def _uid(name: str) -> int:
+    import pwd  # noqa: PLC0415 - the same
+
     return pwd.getpwnam(name).pw_uid
 
 

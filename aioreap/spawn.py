@@ -14,7 +14,6 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from aioreap import _clone, forking, hold, kernel
@@ -95,27 +94,26 @@ _ENCODING: Final = sys.getfilesystemencoding()
 _ERRORS: Final = sys.getfilesystemencodeerrors()
 
 
-@dataclass(frozen=True, slots=True)
 class _Rung:
-    """One way to clone, of those that are tried one after the other."""
+    """One way to clone, of those that are tried one after the other.
 
-    legacy: bool  # clone, and not clone3
-    shares_memory: bool
-    autoreap: bool
-    flags: int
+    Attributes:
+        legacy: by clone, and not clone3.
+    """
 
-    @classmethod
-    def of(
-        cls, backend: kernel.Backend, *, legacy: bool, shares_memory: bool, autoreap: bool
-    ) -> _Rung:
-        flags = kernel.CLONE_PIDFD
+    def __init__(
+        self, backend: kernel.Backend, *, legacy: bool, shares_memory: bool, autoreap: bool
+    ) -> None:
+        self.legacy = legacy
+        self.shares_memory = shares_memory
+        self.autoreap = autoreap
+        self.flags = kernel.CLONE_PIDFD
         if shares_memory:
-            flags |= kernel.CLONE_VM
+            self.flags |= kernel.CLONE_VM
         if autoreap:
-            flags |= kernel.CLONE_AUTOREAP
+            self.flags |= kernel.CLONE_AUTOREAP
         if not legacy and backend.features["clear_sighand"].available:
-            flags |= kernel.CLONE_CLEAR_SIGHAND
-        return cls(legacy, shares_memory, autoreap, flags)
+            self.flags |= kernel.CLONE_CLEAR_SIGHAND
 
 
 class _Ladder:
@@ -141,11 +139,11 @@ class _Ladder:
         assert backend is not None
         if not backend.legacy_clone:
             autoreap = backend.name == "autoreap" and asked is not False
-            yield _Rung.of(backend, legacy=False, shares_memory=shares_memory, autoreap=autoreap)
+            yield _Rung(backend, legacy=False, shares_memory=shares_memory, autoreap=autoreap)
         if not asked and (backend.name, backend.forced) != ("autoreap", True):
             if shares_memory:
-                yield _Rung.of(backend, legacy=True, shares_memory=True, autoreap=False)
-            yield _Rung.of(backend, legacy=True, shares_memory=False, autoreap=False)
+                yield _Rung(backend, legacy=True, shares_memory=True, autoreap=False)
+            yield _Rung(backend, legacy=True, shares_memory=False, autoreap=False)
 
 
 _ladder = _Ladder(None)
