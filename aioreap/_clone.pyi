@@ -71,7 +71,8 @@ def take(block: Block, epoll: int = ..., /) -> None:
     """Own the child's pidfd and pipe from here on; until then the block does, and kills it.
 
     Both are added to the epoll set `epoll` (-1: none), level-triggered and for their input, with
-    their numbers as the data. OSError: as epoll_ctl(); neither of them is in the set.
+    their numbers as the data. OSError: as epoll_ctl(); they are the caller's, and neither is in
+    the set.
     """
 
 def unwatch(epoll: int, owner: int, descriptor: int, /) -> None:

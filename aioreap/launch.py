@@ -152,9 +152,9 @@ class Launch:
         spawned = plan.clone()
         made = Child if spawned.is_child else Grandchild
         child = made(spawned.pid, spawned.pidfd, spawned.reap, spawned.started_ns)
-        self.child, self._spawned, self._pipe = child, spawned, spawned.pipe
         block = spawned.block
         try:
+            self.child, self._spawned, self._pipe = child, spawned, spawned.pipe
             if plan.options:
                 self._note_options(child, spawned)
             child.watcher = watcher
@@ -342,12 +342,12 @@ class Launcher:
                 self._defer(launch, plan)
             else:
                 self._clone(launch)
+            if (self._deferred or turn.is_spent) and not self._turn_follows:
+                loop.call_soon(self._begin_turn, context=contextvars.Context())
+                self._turn_follows = True  # not before, as an interrupt may come
         except BaseException:  # an interrupt: nobody else knows of what there is of it
             launch.destroy()
             raise
-        if (self._deferred or turn.is_spent) and not self._turn_follows:
-            self._turn_follows = True
-            loop.call_soon(self._begin_turn, context=contextvars.Context())
         return launch
 
     def _defer(self, launch: Launch, plan: SpawnPlan) -> None:
@@ -376,9 +376,10 @@ class Launcher:
                 if launch is not None:
                     self._clone(launch)
         finally:  # KeyboardInterrupt too: those behind it still have their turn
-            self._turn_follows = bool(self._deferred) or turn.is_spent
-            if self._turn_follows:
+            self._turn_follows = False
+            if self._deferred or turn.is_spent:
                 self.loop.call_soon(self._begin_turn)
+                self._turn_follows = True
 
     def look_after(self, launch: Launch) -> None:
         """Examine the launch now and then, until forget()."""

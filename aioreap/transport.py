@@ -537,7 +537,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """asyncio's, that has heard of what there was to hear of."""
         protocol = asyncio.subprocess.SubprocessStreamProtocol(_LIMIT, self._loop)
         protocol.connection_made(self)
-        if self._finished:
+        if self._finished and not self._loop.is_closed():
             if self.child.has_ended:  # else it was detached
                 protocol.process_exited()
             protocol.connection_lost(None)

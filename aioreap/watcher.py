@@ -106,7 +106,7 @@ class Child:
         heir: who reaps it in its place, if it was detached before, and so knows its status.
         is_detached: whether it was given up: all that asks of it is a ValueError then.
         launch: what hears of its exit before all others, between its clone and its exec.
-        watcher: who asks for its exit info, or is about to; None: nobody.
+        watcher: who asks for its exit info, is about to, or has; None: nobody.
     """
 
     # Whether it is to end with its loop, and how loudly it is said that its status is lost.

@@ -495,7 +495,10 @@ async def test_without_proc_it_is_an_error(hold: Hold, monkeypatch: pytest.Monke
 
 
 @whole
-def test_a_group_is_within_reach_when_the_end_of_its_leader_is_seen_after_the_loops() -> None:
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_group_is_within_reach_when_the_end_of_its_leader_is_seen_after_the_loops(
+    asks: bool,
+) -> None:
     stdin, release = os.pipe()
 
     async def main() -> aioreap.Process:
@@ -510,6 +513,8 @@ def test_a_group_is_within_reach_when_the_end_of_its_leader_is_seen_after_the_lo
     os.close(release)
     while process.poll() is None:
         time.sleep(0.001)
+    if asks:
+        process._transport.get_protocol()
     process.kill_group()
     while process._transport.child.is_group_alive():
         time.sleep(0.001)

@@ -399,21 +399,32 @@ def test_a_child_whose_caller_was_interrupted_while_it_is_taken_over_is_killed(
         asyncio.run(main())
 
 
-def test_a_child_whose_caller_is_interrupted_when_it_is_taken_over_is_killed() -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(launch.Launcher, "look_after"), (asyncio.SelectorEventLoop, "call_soon")],
+    ids=["look_after", "call_soon"],
+)
+def test_a_child_whose_caller_is_interrupted_when_it_is_taken_over_is_killed(
+    monkeypatch: pytest.MonkeyPatch, kind: type, name: str
+) -> None:
     async def main() -> None:
-        def interrupted(*_: object) -> None:
+        def interrupted(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
         await (await aioreap.create_subprocess_exec("true")).wait()
         before = open_descriptors()
+        one_clone_a_turn(monkeypatch)
         launcher = launch.Launcher.of(asyncio.get_running_loop())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launch.Launcher, "look_after", interrupted)
+            patch.setattr(kind, name, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 launcher.begin(SpawnPlan.of(("sleep", "1000"), (None,) * 3, {}, shell=False))
         assert children() == []
         assert open_descriptors() == before
         assert launcher.watcher.open_set().members == {}
+        spawns = [aioreap.create_subprocess_exec("true") for _ in range(2)]
+        for process in await asyncio.gather(*spawns):  # the second waits for its turn
+            await process.wait()
 
     asyncio.run(main())
 
