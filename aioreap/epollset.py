@@ -123,7 +123,7 @@ class EpollSet:
         """Take the child of `block` over, and have these two told of its pidfd and exec pipe.
 
         Raises:
-            OSError: as add(). Nobody is told of the child then, which may not be taken over yet.
+            OSError: as add(). Nobody is told of the child then, and perhaps it was not taken over.
         """
         if self._owner == _NOBODY:
             self._refuse()

@@ -534,7 +534,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         return self._protocol
 
     def _make_protocol(self) -> asyncio.SubprocessProtocol:
-        """asyncio's, that has heard of what there was to hear of."""
+        """asyncio's, that has heard what there was to hear; of an end, while the loop is open."""
         protocol = asyncio.subprocess.SubprocessStreamProtocol(_LIMIT, self._loop)
         protocol.connection_made(self)
         if self._finished and not self._loop.is_closed():
