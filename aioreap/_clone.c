@@ -334,14 +334,20 @@ clone_take(PyObject *Py_UNUSED(module), PyObject *arguments)
     return none();
 }
 
+static void
+unwatch(int epoll, int owner, int descriptor)
+{
+    if (getpid() == owner)
+        epoll_ctl(epoll, EPOLL_CTL_DEL, descriptor, NULL);
+}
+
 static PyObject *
 clone_unwatch(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
     int epoll, owner, descriptor;
     if (!PyArg_ParseTuple(arguments, "iii:unwatch", &epoll, &owner, &descriptor))
         return NULL;
-    if (getpid() == owner)
-        epoll_ctl(epoll, EPOLL_CTL_DEL, descriptor, NULL);
+    unwatch(epoll, owner, descriptor);
     return none();
 }
 
@@ -360,8 +366,7 @@ clone_close(PyObject *Py_UNUSED(module), PyObject *arguments)
     if (descriptor >= 0 && PyObject_SetAttr(holder, name, none_left) == 0) {
         if (PyDict_DelItem(members, number) < 0)
             PyErr_Clear();
-        if (getpid() == owner)
-            epoll_ctl(epoll, EPOLL_CTL_DEL, (int)descriptor, NULL);
+        unwatch(epoll, owner, (int)descriptor);
         close((int)descriptor);
     }
     Py_XDECREF(number);

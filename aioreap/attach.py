@@ -14,13 +14,12 @@ from typing import Final, overload
 
 from aioreap.detached import Detached
 from aioreap.process import Process, check_limit
-from aioreap.transport import SubprocessTransport
+from aioreap.transport import DEFAULT_LIMIT, SubprocessTransport
 from aioreap.unowned import Heir, Stranger
 from aioreap.watcher import Child, ChildWatcher
 
 __all__ = ["GONE", "attach", "check_pidfd", "pid_of"]
 
-_LIMIT: Final = 2**16  # bytes, as asyncio's
 _LARGEST_PID: Final = 2**31 - 1
 _PIDFD_THREAD: Final = os.O_EXCL  # Linux 6.9
 GONE: Final = -1  # what fdinfo has for the pid of a process that was reaped ...
@@ -244,7 +243,7 @@ async def attach(
     *, pidfd: int, start_time: int | None = None, inode: int | None = None
 ) -> Process: ...
 @overload
-async def attach(process: Detached, /, *, limit: int = _LIMIT) -> Process: ...
+async def attach(process: Detached, /, *, limit: int = DEFAULT_LIMIT) -> Process: ...
 
 
 async def attach(
@@ -254,7 +253,7 @@ async def attach(
     pidfd: int | None = None,
     start_time: int | None = None,
     inode: int | None = None,
-    limit: int = _LIMIT,
+    limit: int = DEFAULT_LIMIT,
 ) -> Process:
     """Return a Process for one that runs already: by its pid, its pidfd, or as it was detached.
 

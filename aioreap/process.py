@@ -17,7 +17,7 @@ from aioreap.options import Options, Stdio, StrOrBytesPath, take_binary
 from aioreap.reader import take_unread
 from aioreap.spawn import SpawnPlan
 from aioreap.stopping import DEFAULT_GRACE, leave, stop
-from aioreap.transport import SubprocessTransport, take_all_at_once
+from aioreap.transport import DEFAULT_LIMIT, SubprocessTransport, take_all_at_once
 from aioreap.writepipe import GivenUpWriter
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
 PIPE: Final = subprocess.PIPE
 STDOUT: Final = subprocess.STDOUT
 DEVNULL: Final = subprocess.DEVNULL
-_LIMIT: Final = 2**16  # bytes, as asyncio's
 
 _ProtocolT = TypeVar("_ProtocolT", bound=asyncio.BaseProtocol)
 
@@ -370,7 +369,7 @@ async def create_subprocess_exec(
     stdin: Stdio = None,
     stdout: Stdio = None,
     stderr: Stdio = None,
-    limit: int = _LIMIT,
+    limit: int = DEFAULT_LIMIT,
     **options: Unpack[Options],
 ) -> Process:
     """Start a program: asyncio.create_subprocess_exec, with the same arguments and more.
@@ -402,7 +401,7 @@ async def create_subprocess_shell(
     stdin: Stdio = None,
     stdout: Stdio = None,
     stderr: Stdio = None,
-    limit: int = _LIMIT,
+    limit: int = DEFAULT_LIMIT,
     **options: Unpack[Options],
 ) -> Process:
     """Start a command of /bin/sh, otherwise as create_subprocess_exec()."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from aioreap.stopping import Ladder
 
 __all__ = [
+    "DEFAULT_LIMIT",
     "SubprocessTransport",
     "abandon_children",
     "take_all_at_once",
@@ -44,7 +45,7 @@ _TURNS_TO_CLOSE: Final = 10
 LONGEST_TIMER: Final = 1e8
 _ABOUT_PIPES: Final = frozenset({"pipe_data_received", "pipe_connection_lost"})
 _NO_PIPES: Final[dict[int, PipeProtocol]] = {}
-_LIMIT: Final = 2**16  # bytes, of the readers that a protocol without pipes does not make
+DEFAULT_LIMIT: Final = 2**16  # bytes, as asyncio's
 
 # The protocols that may be told in the midst of anything, as nothing but a waiter hears of it: of
 # output, and of all. Others, and classes derived from these, have a turn of the loop for each call.
@@ -535,7 +536,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def _make_protocol(self) -> asyncio.SubprocessProtocol:
         """asyncio's, that has heard what there was to hear; of an end, while the loop is open."""
-        protocol = asyncio.subprocess.SubprocessStreamProtocol(_LIMIT, self._loop)
+        protocol = asyncio.subprocess.SubprocessStreamProtocol(DEFAULT_LIMIT, self._loop)
         protocol.connection_made(self)
         if self._finished and not self._loop.is_closed():
             if self.child.has_ended:  # else it was detached

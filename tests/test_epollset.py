@@ -457,21 +457,21 @@ async def test_who_has_a_number_anew_is_not_told_of_what_it_was(
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize("copied", [in_a_copy, in_a_copy_by_c])
-async def test_a_copy_that_removes_a_member_leaves_the_parents(
-    epoll_set: EpollSet, ears: list[Ear], copied: Callable[[Callable[[], object]], object]
+@pytest.mark.parametrize(
+    "give_up",
+    [
+        lambda epoll_set, ear: epoll_set.remove(ear.fd),
+        lambda epoll_set, ear: epoll_set.close(ear, "fd"),
+    ],
+    ids=["remove", "close"],
+)
+async def test_a_copy_that_gives_a_member_up_leaves_the_parents(
+    epoll_set: EpollSet,
+    ears: list[Ear],
+    give_up: Callable[[EpollSet, Ear], object],
+    copied: Callable[[Callable[[], object]], object],
 ) -> None:
-    copied(lambda: epoll_set.remove(ears[0].fd))
-    ears[0].say()
-    await turns()
-    assert ears[0].told == 1
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize("copied", [in_a_copy, in_a_copy_by_c])
-async def test_and_so_does_one_that_closes_it(
-    epoll_set: EpollSet, ears: list[Ear], copied: Callable[[Callable[[], object]], object]
-) -> None:
-    copied(lambda: epoll_set.close(ears[0], "fd"))
+    copied(lambda: give_up(epoll_set, ears[0]))
     ears[0].say()
     await turns()
     assert ears[0].told == 1

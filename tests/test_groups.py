@@ -8,7 +8,6 @@ import gc
 import os
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -500,21 +499,22 @@ def test_a_group_is_within_reach_when_the_end_of_its_leader_is_seen_after_the_lo
     asks: bool,
 ) -> None:
     stdin, release = os.pipe()
+    held, stdout = os.pipe()
 
     async def main() -> aioreap.Process:
         return await aioreap.create_subprocess_exec(
-            "sh", "-c", "sleep 1000 & read line", stdin=stdin, start_new_session=True
+            "sh", "-c", "sleep 1000 & read line", stdin=stdin, stdout=stdout, start_new_session=True
         )
 
     loop = asyncio.SelectorEventLoop()
     process = loop.run_until_complete(main())
     loop.close()
-    os.close(stdin)
-    os.close(release)
-    while process.poll() is None:
-        time.sleep(0.001)
+    for descriptor in (stdin, release, stdout):
+        os.close(descriptor)
+    assert process._transport.get_extra_info("subprocess").wait() == process.poll() == 1
     if asks:
         process._transport.get_protocol()
     process.kill_group()
-    while process._transport.child.is_group_alive():
-        time.sleep(0.001)
+    assert os.read(held, 1) == b""  # nobody is left who could write
+    os.close(held)
+    process._transport.child.forget_group()

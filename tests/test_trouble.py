@@ -202,7 +202,9 @@ async def test_a_reader_that_cannot_be_added_is_that_error(
 async def test_a_descriptor_that_cannot_be_watched_is_that_error(
     monkeypatch: pytest.MonkeyPatch, call: str, pipes: dict[str, int], backend: str
 ) -> None:
-    """The kernel refuses it when the child is taken over, or an epoll set that is nobody's does."""
+    """When the child is taken over the kernel refuses, or before that an epoll set of nobody's."""
+    if backend == "popen" and call == "take":
+        pytest.skip("no exec pipe, and nothing to take over")
     refuses = errno.ENOSPC
 
     def take(block: _clone.Block, epoll: int = -1) -> None:
@@ -217,7 +219,6 @@ async def test_a_descriptor_that_cannot_be_watched_is_that_error(
             others.append(os.open("/dev/null", os.O_RDONLY))
 
     others: list[int] = []  # which have the number of what was closed, and nobody else closes
-
     if backend == "popen":
         monkeypatch.setattr(EpollSet, "add", failing(EpollSet.add, 1, refuses))
     elif call == "add":
