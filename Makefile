@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # By a path, not by an import hook, which would be half of an interpreter's start.
 EDITABLE := --config-settings editable_mode=compat --editable
-C_SOURCES := aioreap/_clone.c aioreap/_spawn.c
+C_SOURCES := aioreap/_clone.c aioreap/_output.c aioreap/_spawn.c
+C_HEADERS := aioreap/_output.h aioreap/_python.h aioreap/_spawn.h
 C_WARNINGS := -std=c11 -O2 -Wall -Wextra -Werror
 
 .PHONY: help demo test test-dev test-pythons test-kernel bytecode always stress bench bench-kernel bench-plot
@@ -136,7 +137,7 @@ $(VENV)/.checked:
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.checked pyproject.toml $(C_SOURCES) aioreap/_spawn.h
+$(VENV)/.built: $(VENV)/.checked pyproject.toml $(C_SOURCES) $(C_HEADERS)
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet $(EDITABLE) .
 	@touch $@
 
@@ -170,7 +171,7 @@ $(VENV)/.wheel: $(VENV)/.checked pyproject.toml
 	$(BIN)/python -m pip install --quiet --group wheel
 	@touch $@
 
-$(VENV)/installed/.done: $(VENV)/.checked pyproject.toml $(C_SOURCES) aioreap/_spawn.h $(wildcard aioreap/*.py aioreap/py*)
+$(VENV)/installed/.done: $(VENV)/.checked pyproject.toml $(C_SOURCES) $(C_HEADERS) $(wildcard aioreap/*.py aioreap/py*)
 	rm -rf build/lib*  # setuptools would install what is no longer in the sources
 	$(PYTHON) -m venv --clear --without-pip $(@D)
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip --python $(@D) install --quiet '.[uvloop]'

@@ -1,13 +1,8 @@
 /* The binding of _spawn.c: Python objects are turned into plain memory before
  * the clone, and nothing of Python is touched by the child. */
-#define _GNU_SOURCE
-#include <pyconfig.h>
-#ifndef Py_GIL_DISABLED
-#define Py_LIMITED_API 0x030B0000
-#endif
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "_python.h"
 
+#include "_output.h"
 #include "_spawn.h"
 
 #include <errno.h>
@@ -541,7 +536,7 @@ static PyMethodDef methods[] = {
 };
 
 static int
-add_constants(PyObject *module)
+add_names(PyObject *module)
 {
 #define ADD(name)                                                          \
     if (PyModule_AddIntConstant(module, #name, (long)SPAWN_##name) < 0) \
@@ -566,10 +561,10 @@ add_constants(PyObject *module)
 #undef ADD
     if (PyModule_AddIntConstant(module, "PIDFD_INFO_EXIT", (long)PIDFD_INFO_EXIT) < 0)
         return -1;
-    return 0;
+    return output_add(module);
 }
 
-#define EXEC_SLOT {Py_mod_exec, (void *)add_constants}
+#define EXEC_SLOT {Py_mod_exec, (void *)add_names}
 
 static PyModuleDef_Slot slots_of_311[] = {EXEC_SLOT, {0, NULL}};
 static PyModuleDef_Slot slots_of_312[] = {

@@ -1,9 +1,32 @@
-"""What Python cannot do: run code between clone and exec, and steps that no signal handler splits.
+"""What Python cannot do: code between clone and exec, steps that no signal handler splits, memory.
 
-See _clone.c and _spawn.c.
+See _clone.c, _spawn.c and _output.c.
 """
 
 from typing import Any
+
+class Output:
+    """All that comes out of a pipe, given out without a copy: see _output.c.
+
+    Where there is no memory for more of it, all of it is lost, until take() has said so.
+    """
+
+    def __len__(self) -> int:
+        """How many bytes it has."""
+
+    def write(self, data: bytes, /) -> int:
+        """Append `data`; how many bytes there are now. MemoryError: it is lost."""
+
+    def read(self, descriptor: int, most: int = ..., /) -> bool:
+        """Read 256 KiB of a non-blocking pipe, or what is there, up to `most` bytes in all.
+
+        False if nothing can be read: the pipe has ended, there were `most` bytes, or all is lost.
+        A writer that a full pipe had held up is waited for, three times for 30 us at most. OSError:
+        as read(), but EAGAIN and EINTR are none.
+        """
+
+    def take(self) -> bytes:
+        """All of it, which is not here any longer. MemoryError: it is lost."""
 
 class Block:
     """The memory that a child uses until its exec; opaque, given up with its last reference."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import io
 import os
 import select
 import struct
@@ -13,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import cast
 
+from aioreap import _clone
+from aioreap.bulk import LARGE
 from aioreap.transport import SubprocessTransport
 
 __all__ = ["Capture"]
@@ -60,7 +61,7 @@ class Capture(asyncio.SubprocessProtocol):
         self.truncated: bool = False
         self.finished: bool = False
         self._loop = loop
-        self._kept = {fd: io.BytesIO() for fd in kept}
+        self._kept = {fd: _clone.Output() for fd in kept}
         self._handed_on = set(handed_on)
         self._sizes = dict.fromkeys([*kept, *handed_on], 0)
         self._limit = limit
@@ -84,6 +85,7 @@ class Capture(asyncio.SubprocessProtocol):
 
         Raises:
             OSError: a pipe could not be read.
+            MemoryError: there is no memory for what is kept.
         """
         while not self._chunks:
             if self.finished:
@@ -106,7 +108,7 @@ class Capture(asyncio.SubprocessProtocol):
     def take_output(self, fd: int) -> bytes | None:
         """What was kept of a stream, which is not kept here any longer."""
         kept = self._kept.pop(fd, None)
-        return None if kept is None else kept.getvalue()
+        return None if kept is None else kept.take()
 
     def stop(self) -> None:
         """Have the child stopped; stopped() must follow."""
@@ -176,21 +178,36 @@ class Capture(asyncio.SubprocessProtocol):
 
     def pipe_data_received(self, fd: int, data: bytes | str) -> None:
         chunk = cast("bytes", data)
-        before = self._sizes[fd]
-        self._sizes[fd] += len(chunk)
+        kept = self._kept.get(fd)
+        before = self._sizes[fd] if kept is None else len(kept)
+        self._sizes[fd] = before + len(chunk)
         if self._limit is not None and self._sizes[fd] > self._limit:
             chunk = chunk[: max(self._limit - before, 0)]
             self._exceed(fd)
-        if fd in self._kept:
-            self._kept[fd].write(chunk)
+        if kept is not None:
+            self._keep(fd, kept, chunk)
         elif fd in self._handed_on and chunk:
             self._chunks.append((fd, chunk))
             if self._is_open(fd):
                 self._transport.get_pipe_transport(fd).pause_reading()
             self._wake()
 
+    def _keep(self, fd: int, kept: _clone.Output, chunk: bytes) -> None:
+        try:
+            size = kept.write(chunk)
+        except MemoryError as error:
+            self._error = self._error or error.with_traceback(None)
+            self._end(fd)
+            return
+        if size >= LARGE:
+            self._transport.take_in(fd, kept, self._limit)
+
     def _exceed(self, fd: int) -> None:
         self.exceeded = True
+        self._end(fd)
+
+    def _end(self, fd: int) -> None:
+        """Read no more of a stream, and have the child stopped."""
         self.stop()
         if self._is_open(fd):
             self._transport.get_pipe_transport(fd).close()

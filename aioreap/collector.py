@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import io
 from collections.abc import Coroutine, Iterator
 from typing import Any, cast
 
+from aioreap import _clone
+from aioreap.bulk import LARGE
 from aioreap.reader import take_buffered
 from aioreap.transport import (
     SubprocessTransport,
@@ -45,7 +46,7 @@ class Collector(asyncio.SubprocessProtocol):
         readers = {1: protocol.stdout, 2: protocol.stderr}
         self._readers = {fd: reader for fd, reader in readers.items() if reader is not None}
         # Unlike a list to be joined, it never holds the output twice.
-        self._output: dict[int, io.BytesIO] = {}
+        self._output: dict[int, _clone.Output] = {}
         self._ended: dict[int, Exception | None] = {}
         self._waiter: asyncio.Future[None] | None = None
         self._lost: tuple[contextvars.Context, Exception | None] | None = None
@@ -66,13 +67,17 @@ class Collector(asyncio.SubprocessProtocol):
         """All that is left of stdout and stderr, when they have ended and `exited` has.
 
         If it fails or is cancelled, what was read is in the readers again.
+
+        Raises:
+            MemoryError: there is no memory for one of them. What had come of it is lost, and its
+                reader raises that, too.
         """
         open_pipes = [fd for fd in self._readers if self._transport.is_pipe_open(fd)]
         if open_pipes:
             self._transport.set_protocol(self)
         try:
             for fd in open_pipes:
-                self._output[fd] = io.BytesIO()
+                self._output[fd] = _clone.Output()
                 self._output[fd].write(take_buffered(self._readers[fd]))
             while not self._output.keys() <= self._ended.keys():
                 self._waiter = self._loop.create_future()
@@ -84,21 +89,31 @@ class Collector(asyncio.SubprocessProtocol):
         except BaseException:
             exited.close()
             for fd, output in self._output.items():
-                self._readers[fd].feed_data(output.getvalue())
+                self._transport.end_intake(fd)
+                self._give_back(self._readers[fd], output)
             self._give_way()
             raise
         self._give_way()
         found = {
-            fd: self._output[fd].getvalue() if fd in self._output else take_buffered(reader)
+            fd: self._output[fd].take() if fd in self._output else take_buffered(reader)
             for fd, reader in self._readers.items()
         }
         return found.get(1), found.get(2)
+
+    @staticmethod
+    def _give_back(reader: asyncio.StreamReader, output: _clone.Output) -> None:
+        try:
+            reader.feed_data(output.take())
+        except MemoryError as error:  # what follows is not to be taken for what comes next
+            reader.set_exception(error.with_traceback(None))
 
     def _raise_lost(self) -> None:
         for fd, reader in self._readers.items():
             exc = self._ended.get(fd) or reader.exception()
             if exc is not None:
                 raise exc
+            if fd in self._output:
+                self._output[fd].write(b"")  # MemoryError, if it is lost
 
     def _give_way(self) -> None:
         if self._transport.get_protocol() is self:
@@ -117,10 +132,18 @@ class Collector(asyncio.SubprocessProtocol):
             self._loop.call_soon(self._protocol.connection_lost, lost, context=context)
 
     def pipe_data_received(self, fd: int, data: bytes | str) -> None:
-        if fd in self._output:
-            self._output[fd].write(cast("bytes", data))
-        else:
+        output = self._output.get(fd)
+        if output is None:
             self._protocol.pipe_data_received(fd, data)
+            return
+        try:
+            size = output.write(cast("bytes", data))
+        except MemoryError as error:
+            if self._waiter is not None and not self._waiter.done():
+                self._waiter.set_exception(error.with_traceback(None))
+            return
+        if size >= LARGE:
+            self._transport.take_in(fd, output)
 
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
         if fd not in self._output:

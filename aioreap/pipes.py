@@ -9,7 +9,8 @@ import os
 from collections import deque
 from typing import TYPE_CHECKING, Final, cast
 
-from aioreap.feed import LARGE, Feed
+from aioreap import _clone
+from aioreap.bulk import LARGE, Feed, Intake
 
 if TYPE_CHECKING:
     from aioreap.transport import SubprocessTransport
@@ -74,6 +75,8 @@ class PipeProtocol(asyncio.Protocol):
         self.untold: deque[bytes] = deque()
         # What writes a large input; the transport is closed by then, and the pipe lost after both.
         self.feed: Feed | None = None
+        # What reads a large output; the transport is paused meanwhile.
+        self._intake: Intake | None = None
         self._loss: tuple[Exception | None] | None = None
         self._process: SubprocessTransport | None = process
         self._number = number
@@ -95,8 +98,33 @@ class PipeProtocol(asyncio.Protocol):
 
     def is_paused(self) -> bool:
         """Whether nothing is read from the pipe until its reader has room again."""
+        if self._intake is not None:
+            return False
         transport = cast("asyncio.ReadTransport", self.transport)
         return not (transport.is_reading() or transport.is_closing())
+
+    def take_in(
+        self, output: _clone.Output, most: int | None, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """Have what comes next read into `output`, as SubprocessTransport.take_in()."""
+        if self._intake is not None or self.untold or self.is_paused() or not self.is_open:
+            return
+        with contextlib.suppress(OSError):  # there is no descriptor for it
+            self._intake = Intake(loop, self.end.fileno(), output, most, self.end_intake)
+            cast("asyncio.ReadTransport", self.transport).pause_reading()
+
+    def end_intake(self) -> None:
+        """Hand on what comes next, as before take_in()."""
+        if self._intake is None:
+            return
+        if self.is_open:  # first: who is interrupted before the next line has both read
+            cast("asyncio.ReadTransport", self.transport).resume_reading()
+        self._stop_intake()
+
+    def _stop_intake(self) -> None:
+        intake, self._intake = self._intake, None
+        if intake is not None:
+            intake.stop()
 
     def data_received(self, data: bytes) -> None:
         assert self._process is not None
@@ -106,6 +134,7 @@ class PipeProtocol(asyncio.Protocol):
         if self.feed is not None and self.feed.unsent:
             self._loss = (exc,)
             return
+        self._stop_intake()
         self.disconnected = True
         # libuv's write_eof() is for sockets: it fails when all is written, and closes the pipe.
         if isinstance(exc, OSError) and exc.errno == errno.ENOTSOCK:
@@ -119,6 +148,7 @@ class PipeProtocol(asyncio.Protocol):
         """Close the pipe although its loop is closed, or about to be, or another process's."""
         if self.feed is not None:
             self.feed.stop()
+        self._stop_intake()
         if is_copy or self.transport is None or self.disconnected:
             self.end.close()
             return

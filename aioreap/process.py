@@ -309,6 +309,8 @@ class Process(asyncio.subprocess.Process):
 
         Raises:
             ExitStatusLost: as wait_exit().
+            MemoryError: there is no memory for the output. What had come of that stream is lost,
+                and it raises that from then on; the child goes on.
         """
         if self._protocol is None:
             await self._transport.wait()

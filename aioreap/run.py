@@ -179,6 +179,7 @@ async def run_process(
         TimeoutExpired: the time is over; it is a subprocess.TimeoutExpired and a TimeoutError.
         OutputLimitExceeded: see above. These three have all output up to there.
         ExitStatusLost: nobody can know how the child ended.
+        MemoryError: there is no memory for the output; the child was stopped.
         UnicodeError: text mode cannot decode the output or encode the input.
         Exception: what a callable raised, after the child was stopped.
         OSError, ValueError, TypeError, LookupError, subprocess.SubprocessError: as

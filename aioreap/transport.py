@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from aioreap import _clone
 from aioreap.detached import Detached
 from aioreap.exitinfo import ExitInfo, ExitStatusLost
 from aioreap.killing import raise_again
@@ -122,6 +123,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         "_popen",
         "_protocol",
         "_readers",
+        "_takes_in",
         "_untold",
         "ladder",
     )
@@ -153,6 +155,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         # That of the call which starts the child, for what the protocol is told in turns.
         self._context: contextvars.Context | None = None
         self._untold = 0
+        # Whether some output may be read past the protocol.
+        self._takes_in = False
         # The process that it is of, where that has to be known before there is a child.
         self._owner: int | None = None
         self._closed = False
@@ -395,6 +399,20 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         if self._output_waiters:
             self._wake_if_drained()
 
+    def take_in(self, fd: int, output: _clone.Output, most: int | None = None) -> None:
+        """Have what comes next of an output read into `output`: the protocol is not told of it.
+
+        It is told again of what follows when `output` has `most` bytes (None: never) or there is
+        no memory for more, of the pipe's end, and of all if another is set. Nothing changes for
+        it if there is no descriptor left for this, or if it has not been told of all before.
+        """
+        self._takes_in = True
+        self._pipes[fd].take_in(output, most, self._loop)
+
+    def end_intake(self, fd: int) -> None:
+        """Tell the protocol of what comes next."""
+        self._pipes[fd].end_intake()
+
     def pipe_connection_lost(self, number: int, exc: Exception | None) -> None:
         self._call("pipe_connection_lost", number, exc)
         self._try_finish()
@@ -525,6 +543,10 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     # What asyncio.SubprocessTransport promises.
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        if self._takes_in:
+            self._takes_in = False
+            for fd in self._pipes:
+                self.end_intake(fd)
         if self._context is None and not self._finished and not takes_all_at_once(protocol):
             self._context = contextvars.copy_context()
         self._protocol = protocol  # type: ignore[assignment]

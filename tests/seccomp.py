@@ -38,6 +38,7 @@ _INSTRUCTION: Final = struct.Struct("=HBBI")  # code, jt, jf, k
 class _Machine(NamedTuple):
     audit_arch: int
     clone: int
+    madvise: int
 
 
 class _Call(NamedTuple):
@@ -49,8 +50,8 @@ class _Call(NamedTuple):
 
 
 _MACHINES: Final = {
-    "x86_64": _Machine(0xC000003E, 56),
-    "aarch64": _Machine(0xC00000B7, 220),
+    "x86_64": _Machine(0xC000003E, 56, 28),
+    "aarch64": _Machine(0xC00000B7, 220, 233),
 }
 IS_POSSIBLE: Final = platform.machine() in _MACHINES
 
@@ -62,6 +63,7 @@ def _calls(machine: _Machine) -> dict[str, _Call]:
         "clone_pidfd": _Call(machine.clone, _CLONE_PIDFD, _CLONE_PIDFD),
         # clone() of a process that shares memory and does not suspend its parent
         "clone_vm": _Call(machine.clone, _CLONE_VM | _CLONE_VFORK | _CLONE_THREAD, _CLONE_VM),
+        "madvise": _Call(machine.madvise),
         "pidfd_send_signal": _Call(424),
         "pidfd_open": _Call(434),
         "close_range": _Call(436),

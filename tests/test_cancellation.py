@@ -32,13 +32,13 @@ from test_detached import died
 from test_groups import KERNEL_SIGNALS_GROUPS
 
 import aioreap
-from aioreap import feed, groups, handover, killing
+from aioreap import bulk, groups, handover, killing
 
 pytestmark = pytest.mark.own_backend
 
 PIPES: dict[str, Any] = {"stdin": aioreap.PIPE, "stdout": aioreap.PIPE, "stderr": aioreap.PIPE}
 SOME = b"x" * 300_000  # bytes, more than a pipe and the buffers of the streams hold
-MUCH = b"x" * feed.LARGE  # bytes, which are written from where they lie
+MUCH = b"x" * bulk.LARGE  # bytes, which are written from where they lie
 
 
 def child(*command: str, **options: Any) -> Callable[[Trial], Awaitable[aioreap.Process]]:

@@ -17,7 +17,7 @@ import uvloop
 from test_copies import in_a_copy
 
 import aioreap
-from aioreap import feed
+from aioreap import bulk
 
 pytestmark = pytest.mark.own_backend
 
@@ -25,7 +25,7 @@ DATA = bytes(range(256)) * 2**14  # 4 MiB
 
 
 def test_it_is_long_enough() -> None:
-    assert len(DATA) >= feed.LARGE
+    assert len(DATA) >= bulk.LARGE
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])

@@ -76,7 +76,7 @@ async def test_a_cancelled_communicate_loses_nothing(start: Start) -> None:
     first = asyncio.ensure_future(process.communicate())
     await asyncio.sleep(0)
     collected = process._transport.get_protocol()._output  # type: ignore[attr-defined]
-    while not (collected[1].tell() and collected[2].tell()):
+    while not (collected[1] and collected[2]):
         await asyncio.sleep(0)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -221,7 +221,7 @@ def test_address_sanitizer_has_nothing_to_report(program: Path, tmp_path: Path) 
     headers = sysconfig.get_path("include")
     _compile(
         *("-shared", "-fPIC", "-g", "-O1", "-fsanitize=address", f"-I{headers}"),
-        *(copy / "_clone.c", copy / "_spawn.c", "-o", extension),
+        *(copy / "_clone.c", copy / "_output.c", copy / "_spawn.c", "-o", extension),
     )
     runtime = subprocess.run(
         [os.environ.get("CC", "cc"), "-print-file-name=libasan.so"],

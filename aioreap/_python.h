@@ -1,0 +1,13 @@
+/* Python.h, with the stable ABI of 3.11 where there is one. */
+#ifndef AIOREAP_PYTHON_H
+#define AIOREAP_PYTHON_H
+
+#define _GNU_SOURCE
+#include <pyconfig.h>
+#ifndef Py_GIL_DISABLED
+#define Py_LIMITED_API 0x030B0000
+#endif
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#endif
