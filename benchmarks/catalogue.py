@@ -142,7 +142,7 @@ def catalogue(scale: Scale) -> tuple[Workload, ...]:
         Workload(
             "communicate",
             "g",
-            some,
+            many,
             (*_PYTHON, "read"),
             (Table("all output captured", "MiB/s", rate),),
         ),
