@@ -41,7 +41,7 @@ struct output {
     Py_ssize_t used;
     int is_shared; /* others have `bytes` too */
     int is_lost;   /* there was no memory for it */
-    pid_t busy;    /* the process that has it in hand, or 0 */
+    pid_t busy;    /* who has it in hand: NOBODY, WITH_THE_LOCK, or else the process */
     int impatience;
 };
 
@@ -171,15 +171,18 @@ read_chunks(struct output *self, int descriptor, char *to, Py_ssize_t size, char
 
 /* --- the type ------------------------------------------------------------------ */
 
+#define NOBODY 0
+#define WITH_THE_LOCK (-1)
+
 /* Without the lock of the interpreter, or where there is none, another thread could come. In a
- * forked copy of the program the thread that had it in hand is not there. */
+ * forked copy of the program the thread that had it in hand without the lock is not there. */
 static int
-begin(struct output *self)
+begin(struct output *self, pid_t us)
 {
-    pid_t us = getpid(), found = 0;
+    pid_t found = NOBODY;
     while (!__atomic_compare_exchange_n(&self->busy, &found, us, 0, __ATOMIC_ACQUIRE,
                                         __ATOMIC_RELAXED)) {
-        if (found == us) {
+        if (found == WITH_THE_LOCK || found == getpid()) {
             PyErr_SetString(PyExc_RuntimeError, "another thread has this output in hand");
             return 0;
         }
@@ -190,7 +193,7 @@ begin(struct output *self)
 static void
 finish(struct output *self)
 {
-    __atomic_store_n(&self->busy, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&self->busy, NOBODY, __ATOMIC_RELEASE);
 }
 
 static PyObject *
@@ -199,7 +202,8 @@ output_write(PyObject *object, PyObject *data)
     struct output *self = (struct output *)object;
     char *string;
     Py_ssize_t length;
-    if (PyBytes_AsStringAndSize(data, &string, &length) < 0 || !begin(self))
+    if (PyBytes_AsStringAndSize(data, &string, &length) < 0
+        || !begin(self, WITH_THE_LOCK))
         return NULL;
     if (self->bytes == NULL && !self->is_lost && PyBytes_CheckExact(data)) {
         self->bytes = Py_NewRef(data);
@@ -222,7 +226,7 @@ output_read(PyObject *object, PyObject *arguments)
     struct output *self = (struct output *)object;
     int descriptor, error = 0;
     Py_ssize_t most = PY_SSIZE_T_MAX;
-    if (!PyArg_ParseTuple(arguments, "i|n:read", &descriptor, &most) || !begin(self))
+    if (!PyArg_ParseTuple(arguments, "i|n:read", &descriptor, &most) || !begin(self, getpid()))
         return NULL;
     Py_ssize_t size = most - self->used < CHUNK * CHUNKS ? most - self->used : CHUNK * CHUNKS;
     ssize_t got = 0;
@@ -245,7 +249,7 @@ static PyObject *
 output_take(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
     struct output *self = (struct output *)object;
-    if (!begin(self))
+    if (!begin(self, WITH_THE_LOCK))
         return NULL;
     PyObject *bytes = self->bytes;
     Py_ssize_t used = self->used;
