@@ -81,7 +81,7 @@ reserve(struct output *self, Py_ssize_t more)
     if (self->is_lost)
         return 0;
     Py_ssize_t capacity = self->bytes == NULL || self->is_shared ? 0 : PyBytes_Size(self->bytes);
-    if (self->bytes != NULL && more <= capacity - self->used)
+    if (self->bytes != NULL && (more == 0 || more <= capacity - self->used))
         return 1;
     PyObject *bytes = self->bytes;
     self->bytes = NULL;

@@ -33,8 +33,7 @@ class _Bulk:
         try:
             self._watch()
         except BaseException:
-            os.close(self._pipe)
-            self._pipe = -1
+            _Bulk.stop(self)  # an interrupt may come after it is watched
             raise
 
     def __del__(self) -> None:
@@ -125,8 +124,7 @@ class Feed(_Bulk):
 class Intake(_Bulk):
     """Reads a pipe into `output`, until that has `most` bytes, or is lost, or the pipe has ended.
 
-    Then it calls `at_end`, which has to stop it. Whoever reads on finds what there is: an end, an
-    error, or more.
+    Then it calls `at_end`. Whoever reads on finds what there is: an end, an error, or more.
     """
 
     def __init__(
@@ -155,4 +153,7 @@ class Intake(_Bulk):
                 can_go_on = self._output.read(self._pipe, self._most)
         finally:  # else it would be told of the same again and again
             if not can_go_on:
-                self._at_end()
+                try:
+                    self._at_end()
+                finally:
+                    self.stop()

@@ -90,8 +90,11 @@ class Capture(asyncio.SubprocessProtocol):
         while not self._chunks:
             if self.finished:
                 error, self._error = self._error, None
-                if error is not None:
-                    raise error
+                try:
+                    if error is not None:
+                        raise error
+                finally:
+                    del error  # which refers to this call by now
                 return None
             self._waiter = self._loop.create_future()
             try:

@@ -104,8 +104,8 @@ class Collector(asyncio.SubprocessProtocol):
     def _give_back(reader: asyncio.StreamReader, output: _clone.Output) -> None:
         try:
             reader.feed_data(output.take())
-        except MemoryError as error:  # what follows is not to be taken for what comes next
-            reader.set_exception(error.with_traceback(None))
+        except MemoryError:  # what follows is not to be taken for what comes next
+            reader.set_exception(MemoryError())  # one that refers to nothing
 
     def _raise_lost(self) -> None:
         for fd, reader in self._readers.items():
@@ -141,6 +141,7 @@ class Collector(asyncio.SubprocessProtocol):
         except MemoryError as error:
             if self._waiter is not None and not self._waiter.done():
                 self._waiter.set_exception(error.with_traceback(None))
+                self._waiter = None  # it refers to who waits, once that is told
             return
         if size >= LARGE:
             self._transport.take_in(fd, output)

@@ -122,9 +122,9 @@ class PipeProtocol(asyncio.Protocol):
         self._stop_intake()
 
     def _stop_intake(self) -> None:
-        intake, self._intake = self._intake, None
-        if intake is not None:
-            intake.stop()
+        if self._intake is not None:
+            self._intake.stop()
+            self._intake = None
 
     def data_received(self, data: bytes) -> None:
         assert self._process is not None

@@ -31,6 +31,12 @@ async def raises(call: object) -> str:
     return "nothing"
 
 
+async def end(process: aioreap.Process) -> None:
+    process._transport.close()
+    await process.wait()
+    await process._transport.let_pipes_close()
+
+
 async def communicate() -> None:
     process = await aioreap.create_subprocess_exec("yes", stdout=aioreap.PIPE)
     with little_memory():
@@ -38,7 +44,7 @@ async def communicate() -> None:
     print(process.poll())
     assert process.stdout is not None
     print(await raises(process.stdout.read(1)))
-    process.kill()
+    await end(process)
 
 
 async def cancel() -> None:
@@ -55,7 +61,7 @@ async def cancel() -> None:
         await asyncio.wait([call])
     print(call.cancelled())
     print(await raises(process.communicate()))
-    await process.wait()
+    await end(process)
 
 
 async def run() -> None:
