@@ -28,6 +28,13 @@ class Output:
     def take(self) -> bytes:
         """All of it, which is not here any longer. MemoryError: it is lost."""
 
+def wait_for_writer(descriptor: int, /) -> bool:
+    """Wait 30 us at most until there is more in a pipe that a whole chunk was just read from.
+
+    Whether there is. That is not asked, and False, for the first three chunks of a pipe, or after
+    one of another pipe in this thread, and for 64 after it was waited for in vain.
+    """
+
 class Block:
     """The memory that a child uses until its exec; opaque, given up with its last reference."""
 

@@ -1,8 +1,8 @@
-/* All that a child writes to a pipe, read into the bytes object that it is given out as.
+/* What a child writes to a pipe, read by who does not sleep while the writer is on its way.
  *
- * Most of what a large output costs is the memory that it comes to lie in: the kernel clears each
- * page and maps it. That is done while the writer writes, and the pipe is read meanwhile by who
- * does not sleep.
+ * All of it is read into the bytes object that it is given out as. Most of what a large output
+ * costs is the memory that it comes to lie in: the kernel clears each page and maps it. That is
+ * done while the writer writes.
  */
 #include "_python.h"
 
@@ -10,6 +10,7 @@
 
 #include <dlfcn.h>
 #include <errno.h>
+#include <poll.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -34,6 +35,7 @@
  * then; sleeping would cost more, as each side would have to be woken for each chunk. */
 #define PATIENCE 30000
 #define IMPATIENCE 64 /* for so many chunks it is not waited for after that was in vain */
+#define ACQUAINTANCE 2 /* and for so many after the first one, of those that a loop hands on */
 
 struct output {
     PyObject_HEAD
@@ -168,6 +170,54 @@ read_chunks(struct output *self, int descriptor, char *to, Py_ssize_t size, char
     }
     return got;
 }
+
+/* --- chunks that are read by the loop ------------------------------------------- */
+
+/* The pipe that gave this thread the last whole chunk. Where two take turns neither is waited for:
+ * the one has something to read while the writer of the other is on its way. */
+static _Thread_local struct {
+    int descriptor;
+    int impatience;
+} stream = {-1, 0};
+
+static int
+poll_in_patience(int descriptor)
+{
+    struct pollfd polled = {.fd = descriptor, .events = POLLIN};
+    int64_t end = now() + PATIENCE;
+    while (poll(&polled, 1, 0) <= 0) {
+        if (now() >= end)
+            return 0;
+        relax();
+    }
+    return 1;
+}
+
+/* To be called before the loop asks epoll again. Once that has found the pipe empty it hears of it
+ * only when the writer has written all, and sleeps until then, though the first page is there.
+ * The lock of the interpreter is kept: to have it back can take longer than all this. */
+static PyObject *
+wait_for_writer(PyObject *Py_UNUSED(module), PyObject *number)
+{
+    long descriptor = PyLong_AsLong(number);
+    if (descriptor == -1 && PyErr_Occurred() != NULL)
+        return NULL;
+    int is_there = 0;
+    if (descriptor != stream.descriptor) {
+        stream.descriptor = (int)descriptor;
+        stream.impatience = ACQUAINTANCE;
+    }
+    else if (stream.impatience-- <= 0) {
+        is_there = poll_in_patience(stream.descriptor);
+        stream.impatience = is_there ? 0 : IMPATIENCE;
+    }
+    return PyBool_FromLong(is_there);
+}
+
+static PyMethodDef functions[] = {
+    {"wait_for_writer", wait_for_writer, METH_O, NULL},
+    {NULL, NULL, 0, NULL},
+};
 
 /* --- the type ------------------------------------------------------------------ */
 
@@ -306,7 +356,8 @@ output_add(PyObject *module)
 {
     *(void **)&resize_in_place = dlsym(RTLD_DEFAULT, "_PyBytes_Resize");
     PyObject *type = PyType_FromModuleAndSpec(module, &specification, NULL);
-    int failed = type == NULL || PyModule_AddType(module, (PyTypeObject *)type) < 0;
+    int failed = type == NULL || PyModule_AddType(module, (PyTypeObject *)type) < 0
+                 || PyModule_AddFunctions(module, functions) < 0;
     Py_XDECREF(type);
     return failed ? -1 : 0;
 }

@@ -129,6 +129,9 @@ class PipeProtocol(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         assert self._process is not None
         self._process.pipe_data_received(self._number, data)
+        # The pipe was full, its writer is on its way, and nobody has asked to be told of no more.
+        if len(data) >= _READ_SIZE and cast("asyncio.ReadTransport", self.transport).is_reading():
+            _clone.wait_for_writer(self.end.fileno())
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.feed is not None and self.feed.unsent:
