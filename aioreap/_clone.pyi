@@ -35,6 +35,9 @@ def wait_for_writer(descriptor: int, /) -> bool:
     one of another pipe in this thread, and for 64 after it was waited for in vain.
     """
 
+def take_line(buffer: bytearray, longest: int, /) -> bytes:
+    """Cut the first line off, if it has no more bytes than that before its end; else b""."""
+
 class Block:
     """The memory that a child uses until its exec; opaque, given up with its last reference."""
 

@@ -1,4 +1,5 @@
-/* What a child writes to a pipe, read by who does not sleep while the writer is on its way.
+/* What a child writes to a pipe, read by who does not sleep while the writer is on its way, and
+ * cut into lines.
  *
  * All of it is read into the bytes object that it is given out as. Most of what a large output
  * costs is the memory that it comes to lie in: the kernel clears each page and maps it. That is
@@ -214,7 +215,34 @@ wait_for_writer(PyObject *Py_UNUSED(module), PyObject *number)
     return PyBool_FromLong(is_there);
 }
 
+static PyObject *
+take_line(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
+{
+    if (count != 2 || !PyByteArray_Check(arguments[0])) {
+        PyErr_SetString(PyExc_TypeError, "take_line() takes a bytearray and a number");
+        return NULL;
+    }
+    /* Of a stream's limit, which can be any number; asyncio compares all but these itself. */
+    Py_ssize_t longest = 0, size = 0;
+    if (PyLong_Check(arguments[1]))
+        longest = PyNumber_AsSsize_t(arguments[1], NULL);
+    PyObject *line;
+    Py_BEGIN_CRITICAL_SECTION(arguments[0]);
+    const char *start = PyByteArray_AsString(arguments[0]);
+    if (longest > 0) {
+        size = PyByteArray_Size(arguments[0]);
+        const char *end = memchr(start, '\n', (size_t)(longest < size ? longest + 1 : size));
+        size = end == NULL ? 0 : end + 1 - start;
+    }
+    line = PyBytes_FromStringAndSize(start, size);
+    if (line != NULL && size > 0 && PySequence_DelSlice(arguments[0], 0, size) < 0)
+        Py_CLEAR(line);
+    Py_END_CRITICAL_SECTION();
+    return line;
+}
+
 static PyMethodDef functions[] = {
+    {"take_line", (PyCFunction)(void *)take_line, METH_FASTCALL, NULL},
     {"wait_for_writer", wait_for_writer, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -10,4 +10,9 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#ifndef Py_BEGIN_CRITICAL_SECTION /* Python 3.13, outside the stable ABI */
+#define Py_BEGIN_CRITICAL_SECTION(object) {
+#define Py_END_CRITICAL_SECTION() }
+#endif
+
 #endif

@@ -7,6 +7,7 @@ import operator
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final, Literal
 
+from aioreap.reader import take_line
 from aioreap.text import TextCodec
 
 __all__ = ["LineCutter", "lines"]
@@ -23,6 +24,9 @@ class _Lines(AsyncIterator[bytes]):
         self._in_parts = in_parts
 
     async def __anext__(self) -> bytes:
+        line = take_line(self._stream, self._max_line)
+        if line:
+            return line
         size = await self._find_end()
         if not size:
             raise StopAsyncIteration

@@ -11,7 +11,9 @@ import contextlib
 import sys
 from typing import Any, Final, cast
 
-__all__ = ["OutputReader", "adopt", "take_buffered", "take_unread"]
+from aioreap import _clone
+
+__all__ = ["OutputReader", "adopt", "take_buffered", "take_line", "take_unread"]
 
 # What asyncio's communicate() has each stream read by, in a task of its own.
 _READ_STREAM: Final = getattr(asyncio.subprocess.Process, "_read_stream", None)
@@ -27,6 +29,19 @@ def take_buffered(reader: asyncio.StreamReader) -> bytes:
         return cast("bytes", stop.value)
     read.close()
     return b""
+
+
+def take_line(reader: Any, longest: int) -> bytes:
+    """A line that is there and has no more bytes than that before its end, or b"".
+
+    readline() is three coroutines in asyncio, which for short lines is most of what they cost.
+    """
+    if reader._exception is not None:
+        return b""
+    line = _clone.take_line(reader._buffer, longest)
+    if reader._paused:
+        reader._maybe_resume_transport()
+    return line
 
 
 class OutputReader(asyncio.StreamReader):
@@ -67,6 +82,15 @@ class OutputReader(asyncio.StreamReader):
         finally:
             if is_handed_on and self._kept is not None:
                 self._kept = [others for others in self._kept if others is not blocks]
+
+    async def readline(self) -> bytes:
+        """As asyncio.StreamReader.readline()."""
+        limit: int = self._limit  # type: ignore[attr-defined]
+        return take_line(self, limit) or await super().readline()
+
+    async def __anext__(self) -> bytes:
+        limit: int = self._limit  # type: ignore[attr-defined]
+        return take_line(self, limit) or await super().__anext__()
 
     def _is_read_by_communicate(self) -> bool:
         loop: asyncio.AbstractEventLoop = self._loop  # type: ignore[attr-defined]

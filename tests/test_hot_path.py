@@ -11,7 +11,7 @@ import gc
 import os
 import shutil
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from types import FrameType
 from typing import Any, Final
 
@@ -19,11 +19,14 @@ import pytest
 
 import aioreap
 from aioreap import launch
+from aioreap.reader import OutputReader
 
 # By Python's version: the calls of a spawn and its communicate(), without and with three pipes ...
 _CALLS: Final = {(3, 11): (143, 738), (3, 12): (137, 725), (3, 13): (137, 719)}
 # ... and the blocks of memory that a child without pipes holds while it lives.
 _BLOCKS: Final = {(3, 11): 13, (3, 12): 13, (3, 13): 10}
+# The calls for each line that is there already.
+_LINE_CALLS: Final = 3
 _VERSION: Final = sys.version_info[:2]
 _SLACK: Final = 0.1
 _SPAWNS: Final = 40
@@ -91,6 +94,26 @@ def test_a_spawn_makes_no_more_calls_than_it_did(kind: int) -> None:
         return min([await calls_of_one() for _ in range(_SPAWNS)])
 
     assert run(main) == pytest.approx(_CALLS[_VERSION][kind], rel=_SLACK)
+
+
+@pytest.mark.parametrize("lines", [aiter, aioreap.lines], ids=["async for", "lines"])
+def test_a_line_makes_no_more_calls_than_it_did(
+    lines: Callable[[asyncio.StreamReader], AsyncIterator[bytes]],
+) -> None:
+    async def main() -> float:
+        reader = OutputReader()
+        reader.feed_data(b"line\n" * _SPAWNS)
+        profile = Profile()
+        iterator = lines(reader)
+        sys.setprofile(profile)
+        try:
+            for _ in range(_SPAWNS):
+                await anext(iterator)
+        finally:
+            sys.setprofile(None)
+        return profile.calls / _SPAWNS - 1  # without anext() itself
+
+    assert run(main) == pytest.approx(_LINE_CALLS, rel=_SLACK)
 
 
 def test_a_live_child_holds_no_more_memory_than_it_did() -> None:

@@ -1,20 +1,22 @@
-"""Output that is read as it comes: in whole chunks, which are waited for."""
+"""Output that is read as it comes: in whole chunks, which are waited for, and by lines."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import pytest
 
 import aioreap
 from aioreap import _clone
-from aioreap._clone import wait_for_writer
+from aioreap._clone import take_line, wait_for_writer
+from aioreap.reader import OutputReader
 
 pytestmark = pytest.mark.own_backend
 
@@ -153,3 +155,89 @@ async def test_every_chunk_of_a_stream_comes() -> None:
         got += len(chunk)
     assert got == size
     assert await process.wait() == 0
+
+
+# By lines.
+
+
+class Transport:
+    """Notes what a reader asks of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def pause_reading(self) -> None:
+        self.asked.append("pause")
+
+    def resume_reading(self) -> None:
+        self.asked.append("resume")
+
+
+def all_lines(reader: Any, way: str, chunks: list[bytes], end: str) -> list[object]:
+    """What comes of a reader, until it would wait or an error comes again, and what is left."""
+    transport = Transport()
+    reader.set_transport(transport)
+    for chunk in chunks:
+        reader.feed_data(chunk)
+    if end == "error":
+        reader.set_exception(ConnectionError())
+    elif end:
+        reader.feed_eof()
+    come: list[object] = []
+    while not come or come[-1] not in (b"", "waits", StopAsyncIteration, ConnectionError):
+        call = getattr(reader, way)()
+        try:
+            call.send(None)
+            come.append("waits")
+        except StopIteration as stop:
+            come.append(stop.value)
+        except (StopAsyncIteration, ValueError, ConnectionError) as error:
+            come.append(type(error))
+        call.close()
+    return [*come, bytes(reader._buffer), *transport.asked]
+
+
+LIMITS: Final = [1, 2, 3, 4, 6, 4.5, 2**16, 2**63 - 1, 2**70, math.inf]
+CHUNKS: Final = [
+    [],
+    [b"\n"],
+    [b"one\n", b"two\nthree\n\nfour\n"],
+    [b"four\nrest"],
+    [b"\0\xff\n", b"no end"],
+]
+
+
+@pytest.mark.parametrize("way", ["readline", "__anext__"])
+@pytest.mark.parametrize("end", ["", "end", "error"])
+async def test_lines_are_those_of_asyncio(way: str, end: str) -> None:
+    for limit in cast("list[int]", LIMITS):
+        for chunks in CHUNKS:
+            come = all_lines(OutputReader(limit), way, chunks, end)
+            assert come == all_lines(asyncio.StreamReader(limit), way, chunks, end)
+
+
+def test_a_line_that_cannot_be_cut_off_stays() -> None:
+    buffer = bytearray(b"line\n")
+    with memoryview(buffer), pytest.raises(BufferError):
+        take_line(buffer, 10)
+    assert take_line(buffer, 10) == b"line\n"
+    assert buffer == b""
+
+
+@pytest.mark.parametrize("arguments", [(), (bytearray(),), (b"line\n", 10)])
+def test_a_line_is_cut_off_a_buffer(arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(TypeError):
+        take_line(*arguments)
+
+
+def test_a_line_can_be_as_long_as_is_said() -> None:
+    buffer = bytearray(b"four\nmore")
+    assert take_line(buffer, 3) == b""
+    assert take_line(buffer, 4) == b"four\n"
+    assert take_line(buffer, 4) == b""
+    assert buffer == b"more"
+
+
+@pytest.mark.parametrize("longest", [0, -1, -(2**70)])
+def test_no_line_is_shorter_than_nothing(longest: int) -> None:
+    assert take_line(bytearray(b"\n"), longest) == b""
