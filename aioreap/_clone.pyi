@@ -31,8 +31,8 @@ class Output:
 def wait_for_writer(descriptor: int, /) -> bool:
     """Wait 30 us at most until there is more in a pipe that a whole chunk was just read from.
 
-    Whether there is. That is not asked, and False, for the first three chunks of a pipe, or after
-    one of another pipe in this thread, and for 64 after it was waited for in vain.
+    Whether there is. That is not asked, and False, for the first three chunks of a descriptor after
+    those of another in this thread, and for 64 after it was waited for in vain.
     """
 
 def take_line(buffer: bytearray, longest: int, /) -> bytes:

@@ -34,12 +34,12 @@ def take_buffered(reader: asyncio.StreamReader) -> bytes:
 def take_line(reader: Any, longest: int) -> bytes:
     """A line that is there and has no more bytes than that before its end, or b"".
 
-    readline() is three coroutines in asyncio, which for short lines is most of what they cost.
+    readline() is two coroutines in asyncio, which for short lines is most of what they cost.
     """
-    if reader._exception is not None:
+    if reader.exception() is not None:
         return b""
     line = _clone.take_line(reader._buffer, longest)
-    if reader._paused:
+    if line and reader._paused:
         reader._maybe_resume_transport()
     return line
 
@@ -87,10 +87,6 @@ class OutputReader(asyncio.StreamReader):
         """As asyncio.StreamReader.readline()."""
         limit: int = self._limit  # type: ignore[attr-defined]
         return take_line(self, limit) or await super().readline()
-
-    async def __anext__(self) -> bytes:
-        limit: int = self._limit  # type: ignore[attr-defined]
-        return take_line(self, limit) or await super().__anext__()
 
     def _is_read_by_communicate(self) -> bool:
         loop: asyncio.AbstractEventLoop = self._loop  # type: ignore[attr-defined]

@@ -227,10 +227,10 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             await self._connect_pipes(pipes, held=True)
             self._child = make_child()
             ChildWatcher.of(self._loop).watch(self._child)
-            self._child.add_exit_callback(self._child_exited)
             for pipe in self._pipes.values():
                 pipe.let_read()
             self._announce(before)
+            self._child.add_exit_callback(self._child_exited)
         except BaseException as error:
             if self._child is not None:  # first: nothing that follows may end it
                 self._child.give_back()
@@ -286,7 +286,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                 self._context.copy().run(protocol.connection_made, self)
         except Exception as error:  # noqa: BLE001 - for the loop to handle
             self._handle("connection_made", error)
-        if self._pipes and not self.child.has_ended:
+        if self._pipes:
             self._readers = adopt(protocol)
         if then is not None:
             then()

@@ -24,6 +24,7 @@ from test_detached import ECHO, closing, died, reaped, shell
 
 import aioreap
 from aioreap import kernel, killing
+from aioreap.reader import OutputReader
 
 attaching = sys.modules["aioreap.attach"]  # the package has a function of that name
 
@@ -140,6 +141,8 @@ async def test_one_that_has_ended_meanwhile_has_its_status_however_late_it_is_as
     attached = await aioreap.attach(detached)
     assert (await attached.wait_exit()).returncode == 7
     assert await attached.communicate() == (b"", b"")
+    assert isinstance(attached.stdout, OutputReader)
+    assert attached.stdout._kept is None
 
 
 async def test_one_that_is_a_zombie_has_its_status() -> None:

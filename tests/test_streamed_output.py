@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final, cast
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.own_backend
 
 CHUNK: Final = 65536  # what a pipe holds
 UNKNOWN: Final = 3  # chunks after which a pipe is known
+PATIENCE_NS: Final = 30_000  # how long a writer is waited for
 VAIN: Final = 64  # chunks for which none is waited for after that was in vain
 
 
@@ -70,6 +72,13 @@ def test_it_is_left_alone_after_a_wait_in_vain(pipes: list[Pipe]) -> None:
     assert pipes[0].after(1) == [False]
     pipes[0].write()
     assert pipes[0].after(VAIN + 2) == [False] * VAIN + [True] * 2
+
+
+def test_it_is_waited_for_that_long(pipes: list[Pipe]) -> None:
+    pipes[0].after(UNKNOWN)
+    begin = time.monotonic_ns()
+    assert pipes[0].after(1) == [False]
+    assert time.monotonic_ns() - begin >= PATIENCE_NS  # more is up to the machine
 
 
 def test_none_is_waited_for_where_two_take_turns(pipes: list[Pipe]) -> None:
@@ -183,6 +192,9 @@ def all_lines(reader: Any, way: str, chunks: list[bytes], end: str) -> list[obje
         reader.set_exception(ConnectionError())
     elif end:
         reader.feed_eof()
+    if end == "taken":
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            reader.readexactly(100).send(None)
     come: list[object] = []
     while not come or come[-1] not in (b"", "waits", StopAsyncIteration, ConnectionError):
         call = getattr(reader, way)()
@@ -208,12 +220,35 @@ CHUNKS: Final = [
 
 
 @pytest.mark.parametrize("way", ["readline", "__anext__"])
-@pytest.mark.parametrize("end", ["", "end", "error"])
+@pytest.mark.parametrize("end", ["", "end", "taken", "error"])
 async def test_lines_are_those_of_asyncio(way: str, end: str) -> None:
     for limit in cast("list[int]", LIMITS):
         for chunks in CHUNKS:
             come = all_lines(OutputReader(limit), way, chunks, end)
             assert come == all_lines(asyncio.StreamReader(limit), way, chunks, end)
+
+
+async def test_who_replaces_readline_sees_every_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = OutputReader()
+    reader.feed_data(b"one\ntwo\n")
+    reader.feed_eof()
+    seen: list[bytes] = []
+
+    async def readline() -> bytes:
+        seen.append(await OutputReader.readline(reader))
+        return seen[-1]
+
+    monkeypatch.setattr(reader, "readline", readline)
+    assert [line async for line in reader] == [b"one\n", b"two\n"]
+    assert seen == [b"one\n", b"two\n", b""]
+
+
+async def test_the_reader_is_the_same_when_the_child_has_ended_already() -> None:
+    for _ in range(20):
+        process = await aioreap.create_subprocess_exec("true", stdout=-1)
+        assert type(process.stdout) is OutputReader
+        assert await process.communicate() == (b"", None)
+        assert process.stdout._kept is None
 
 
 def test_a_line_that_cannot_be_cut_off_stays() -> None:
