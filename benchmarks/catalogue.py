@@ -165,7 +165,7 @@ def catalogue(scale: Scale) -> tuple[Workload, ...]:
             "descriptors",
             "h",
             some,
-            (*_LOOPS, "threads"),
+            (*_LOOPS, "threads", "posix_spawn", "calls"),
             (
                 Table(
                     "spawn and wait, 16 at a time, by the parent's open descriptors",

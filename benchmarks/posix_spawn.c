@@ -1,11 +1,12 @@
 /*
  * The peer in C: posix_spawn, a pidfd, epoll.
  *
- *   posix_spawn spawn|capture SECONDS LEVELS PROGRAM [ARGUMENT...]
+ *   posix_spawn spawn|capture|descriptors SECONDS NUMBERS PROGRAM [ARGUMENT...]
  *
- * For each of LEVELS, numbers with commas between them: keep so many children at work for SECONDS,
- * and print, as one JSON object, how many came to their end per second. With "capture", stdout is
- * a pipe that is read to its end.
+ * For each of NUMBERS, with commas between them: keep so many children at work for SECONDS, and
+ * print, as one JSON object, how many came to their end per second. With "capture", stdout is
+ * a pipe that is read to its end. With "descriptors", it is how many descriptors are open, 16
+ * children are at work, and the microseconds for each are printed.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -17,12 +18,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { MOST_AT_ONCE = 1024, PIPE_EVENT = 1 };
+enum { MOST_AT_ONCE = 1024, PIPE_EVENT = 1, BESIDE_DESCRIPTORS = 16 };
 
 #ifndef P_PIDFD
 #define P_PIDFD 3
@@ -159,23 +161,46 @@ static double rate(int level, double seconds) {
     return (double)done / (now() - begin);
 }
 
+static void open_descriptors(int count) {
+    struct rlimit limit;
+    getrlimit(RLIMIT_NOFILE, &limit);
+    limit.rlim_cur = limit.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &limit);
+    for (int descriptor = -1; descriptor + 1 < count;) {
+        descriptor = open("/dev/null", O_RDONLY | O_CLOEXEC);
+        if (descriptor < 0) {
+            fail("open");
+        }
+        if (descriptor + 1 > count) {
+            close(descriptor);
+        }
+    }
+}
+
 int main(int argc, char **argv) {
     if (argc < 5) {
-        fprintf(stderr, "usage: posix_spawn spawn|capture SECONDS LEVELS PROGRAM [ARGUMENT...]\n");
+        fprintf(stderr, "usage: posix_spawn spawn|capture|descriptors SECONDS NUMBERS PROGRAM "
+                        "[ARGUMENT...]\n");
         return 2;
     }
     double seconds = atof(argv[2]);
     const char *separator = "{";
+    bool descriptors = strcmp(argv[1], "descriptors") == 0;
     capture = strcmp(argv[1], "capture") == 0;
     command = argv + 4;
     epoll = epoll_create1(EPOLL_CLOEXEC);
-    for (char *level = strtok(argv[3], ","); level != NULL; level = strtok(NULL, ",")) {
-        int at_once = atoi(level);
+    for (char *number = strtok(argv[3], ","); number != NULL; number = strtok(NULL, ",")) {
+        int at_once = atoi(number);
+        if (descriptors) {
+            open_descriptors(at_once);
+            at_once = BESIDE_DESCRIPTORS;
+        }
         if (at_once < 1 || at_once > MOST_AT_ONCE) {
             return 2;
         }
         rate(at_once, seconds / 10);
-        printf("%s\"%d\": %.2f", separator, at_once, rate(at_once, seconds));
+        double found = rate(at_once, seconds);
+        printf("%s\"%s\": %.2f", separator, number, descriptors ? 1e6 / found : found);
         separator = ", ";
     }
     puts("}");

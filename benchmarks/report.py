@@ -13,11 +13,12 @@ from benchmarks.targets import Rounds, Target, targets
 __all__ = ["number", "ratios", "report"]
 
 _WHOLE: Final = 1000  # from here on a number has no decimals
+_FOR_THE_FULL: Final = "The targets are meant for the sizes of a full run."
 
 
 def number(value: float) -> str:
     """With three digits, or whole and with commas."""
-    return f"{value:,.0f}" if abs(value) >= _WHOLE else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(round(value)) >= _WHOLE else f"{value:.3g}"
 
 
 def _spread(values: list[float]) -> str:
@@ -100,7 +101,7 @@ def ratios(results: Mapping[str, Any]) -> str:
         for target in targets(scale)
         if target.against is not None and target.relation == "×"
     ]
-    return "\n".join([*_conditions(results), "", *_aligned(rows), ""])
+    return "\n".join([*_conditions(results), "", *_aligned(rows), "", _FOR_THE_FULL, ""])
 
 
 def report(results: Mapping[str, Any]) -> str:
@@ -112,7 +113,7 @@ def report(results: Mapping[str, Any]) -> str:
     rows += [_target(target, rounds) for target in targets(scale)]
     lines += [*_aligned(rows), ""]
     if scale.name != "full":
-        lines += ["The targets are meant for the sizes of a full run.", ""]
+        lines += [_FOR_THE_FULL, ""]
     lines += [
         "In the tables: the median of the rounds (least–most), and before it by how much aioreap's",
         "figure is that of the peer.",

@@ -37,6 +37,7 @@ _OUTSIDE: Final = {
     "spawn": ("spawn", PROGRAMS.true),
     "spawn_libc": ("spawn", PROGRAMS.libc_true),
     "capture": ("capture", PROGRAMS.line),
+    "descriptors": ("descriptors", PROGRAMS.true),
 }
 # By workload, peer and name of the figure, what each round brought.
 _Rounds = dict[str, dict[str, dict[str, list[float]]]]
@@ -86,9 +87,10 @@ class Run:
         if peer not in self.outside:
             module = [sys.executable, "-m", "benchmarks.measure"]
             return [*module, peer, workload.name, self._scale.name]
-        levels = ",".join(map(str, self._scale.levels))
         mode, child = _OUTSIDE[workload.name]
-        return [*self.outside[peer], mode, f"{self._scale.seconds}", levels, child]
+        scale = self._scale
+        numbers = scale.descriptors if mode == "descriptors" else scale.levels
+        return [*self.outside[peer], mode, f"{scale.seconds}", ",".join(map(str, numbers)), child]
 
 
 def _figures(command: list[str]) -> dict[str, float]:
