@@ -162,8 +162,6 @@ release_block(PyObject *capsule)
     spawn_release(s);
 }
 
-/* Py_RETURN_NONE of the headers since 3.12 takes None for immortal. Before 3.12, where
- * an extension built with them runs too, each such return would lose a reference. */
 static PyObject *
 none(void)
 {
