@@ -1,4 +1,4 @@
-"""The way of one warm spawn does not grow unnoticed: its calls, instructions and memory count.
+"""One warm spawn does not grow unnoticed: its calls, instructions and memory are counted.
 
 No clock is read, so that a busy machine changes nothing. Whoever makes the way
 shorter lowers the numbers here: from more than a tenth below on, they guard nothing.
